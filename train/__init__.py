@@ -1,0 +1,1 @@
+"""Shards in, encoders out: DALI loading, CM-ACC, the loop, checkpoints, evaluation, export."""
