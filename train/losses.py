@@ -1,0 +1,43 @@
+"""InfoNCE with a dictionary of negatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """One direction's loss. loss: scalar with gradient. accuracy: share of rows whose positive scores highest.
+    chance: mean over rows of ln(terms in the denominator), what a blind encoder scores. All nats or shares, scalars."""
+
+    loss: Tensor
+    accuracy: Tensor
+    chance: Tensor
+
+
+def info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, allowed: Tensor, tau: float, batch_negatives: bool = False
+) -> LossParts:
+    """-log( e^{q.k+/tau} / (e^{q.k+/tau} + sum_j e^{q.D_j/tau}) ), mean over the batch (arXiv 1807.03748, 1911.05722).
+
+    query, positive: (M, d), L2-normalised; negatives: (K, d); allowed: (M, K) bool, False where entry j may not serve
+    row i (slot empty, or the same source video). batch_negatives: the other rows' positives serve as negatives too.
+    """
+    rows = torch.arange(len(query), device=query.device)
+    if batch_negatives:
+        matched = query @ positive.T
+        target = rows
+    else:
+        matched = (query * positive).sum(1, keepdim=True)
+        target = torch.zeros_like(rows)
+    logits = torch.cat([matched, (query @ negatives.T).masked_fill(~allowed, -math.inf)], 1).float() / tau
+    terms = matched.shape[1] + allowed.sum(1)
+    return LossParts(
+        loss=torch.nn.functional.cross_entropy(logits, target),
+        accuracy=(logits.detach().argmax(1) == target).float().mean(),
+        chance=terms.float().log().mean(),
+    )
