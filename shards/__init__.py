@@ -1,5 +1,15 @@
 """Clips at rest: profiles, WebDataset tars with indexes and a Zarr catalog; writing, re-sharding, ordered reading.
 
-A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes each, and `catalog.zarr`.
-Start at `dataset.Dataset` (reading) and `writer.DatasetWriter` (writing).
+A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes each, and `catalog.zarr`. The public face:
+
+`clip.Clip`, `clip.Facts`, `profile.Profile`   what a clip is, and how it is encoded
+`writer.DatasetWriter`                         clips in; shards committed one by one, whatever happens
+`dataset.Dataset`                              a clip's bytes by row number, from a folder or any fsspec URL
+`catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
+`order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
+`reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
+`lint.lint`, `describe.describe`, `contact_sheet`  is it sound, and what is in it
+`errors.DatasetError`                          what goes wrong, in one sentence
+
+Importing this room imports neither torch nor any of its modules: name the one you need.
 """

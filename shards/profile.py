@@ -44,7 +44,9 @@ class Profile:
             if getattr(self, field) < 1:
                 raise ValueError(f"profile {self.name!r}: {field} is {getattr(self, field)}; give 1 or more")
         if self.b_frames < 0 or self.b_frames >= self.gop:
-            raise ValueError(f"profile {self.name!r}: b_frames is {self.b_frames}; give 0 or more, and fewer than gop ({self.gop})")
+            raise ValueError(
+                f"profile {self.name!r}: b_frames is {self.b_frames}; give 0 or more, and fewer than gop ({self.gop})"
+            )
 
     @property
     def video_member(self) -> str:
@@ -68,7 +70,9 @@ class Profile:
         """Raises ValueError for a field this version does not know."""
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"profile has unknown fields {', '.join(unknown)}; it was written by a newer cmacc: upgrade to read it")
+            raise ValueError(
+                f"profile has unknown fields {', '.join(unknown)}; it was written by a newer cmacc: upgrade to read it"
+            )
         return cls(**data)
 
 

@@ -148,5 +148,6 @@ def check_same_run(saved: dict[str, Any], config: PretrainConfig, where: Path) -
         name = changed[0]
         raise ValueError(
             f"{where} was begun with {name}={before.get(name)!r}, not {now.get(name)!r}"
-            f"{f' ({len(changed)} options differ)' if len(changed) > 1 else ''}; use another run folder, or the options it began with"
+            f"{f' ({len(changed)} options differ)' if len(changed) > 1 else ''}; "
+            "use another run folder, or the options it began with"
         )

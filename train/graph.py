@@ -22,10 +22,15 @@ FLOOR_DB = -100.0
 
 
 class Graph:
-    """A built pipeline for batches of up to `batch` clips that all have `fps` frames per second."""
+    """A built pipeline for batches of up to `batch` clips that all have `fps` frames per second.
 
-    def __init__(self, config: ViewConfig, fps: float, batch: int, device: str, threads: int = 2) -> None:
-        self.config, self.fps, self.device = config, fps, device
+    pictures: False leaves the video half out, for sounds that have none.
+    """
+
+    def __init__(
+        self, config: ViewConfig, fps: float, batch: int, device: str, threads: int = 2, *, pictures: bool = True
+    ) -> None:
+        self.config, self.fps, self.device, self.pictures = config, fps, device, pictures
         options: dict[str, Any] = {
             "batch_size": batch,
             "num_threads": threads,
@@ -34,35 +39,42 @@ class Graph:
             "seed": 0,
             "prefetch_queue_depth": 1,
         }
-        self.pipeline = _graph(config, fps, device, **options)
+        self.pipeline = (_both if pictures else _sound_alone)(config, fps, device, **options)
         self.pipeline.build()
 
     def run(self, video: Sequence[np.ndarray], audio: Sequence[np.ndarray], views: Sequence[View]) -> tuple[Tensor, Tensor]:
-        """One batch. video: frames uint8 (F, H, W, 3) on a CPU, the MP4 bytes as uint8 (n,) on a GPU; audio: FLAC or Opus
-        bytes, uint8 (n,).
+        """One batch. video: frames uint8 (F, H, W, 3) on a CPU, the MP4 bytes as uint8 (n,) on a GPU; audio: FLAC, Opus,
+        Vorbis or WAV bytes, uint8 (n,).
 
         Returns pictures float32 (B, 3, F, size, size), normalised, and log-mel float32 (B, 1, bands, steps), normalised.
         Raises RuntimeError when a clip does not decode; the graph cannot be used after that.
         """
         feed: dict[str, list[Any]] = {
             "video": list(video),
-            "audio": list(audio),
-            # Frame n is on screen from n / fps on: the sound begins at that sample.
-            "start_sample": [np.int32(round(v.start_frame / self.fps * self.config.audio_rate)) for v in views],
+            "start_frame": [np.int32(v.start_frame) for v in views],
             "roi_start": [np.array(v.crop[:2], np.float32) for v in views],
             "roi_end": [np.array([v.crop[0] + v.crop[2], v.crop[1] + v.crop[3]], np.float32) for v in views],
             "mirror": [np.int32(v.mirror) for v in views],
             "brightness": [np.float32(v.brightness) for v in views],
             "contrast": [np.float32(v.contrast) for v in views],
             "saturation": [np.float32(v.saturation) for v in views],
-            "gain": [np.float32(v.gain) for v in views],
         }
-        if self.device == "gpu":
-            feed["start_frame"] = [np.int32(v.start_frame) for v in views]
+        if self.device != "gpu":
+            del feed["start_frame"]
+        if not self.pictures:
+            feed = {}
+        # Frame n is on screen from n / fps on: the sound begins at that sample.
+        first = [np.int32(round(v.start_frame / self.fps * self.config.audio_rate)) for v in views]
+        feed |= {"audio": list(audio), "start_sample": first, "gain": [np.float32(v.gain) for v in views]}
         for name, values in feed.items():
             self.pipeline.feed_input(name, [np.asarray(v) for v in values])
-        pictures, mel = self.pipeline.run()
-        return _to_torch(pictures), _to_torch(mel).unsqueeze(1)
+        *pictures, mel = self.pipeline.run()
+        return _to_torch(pictures[0]) if pictures else torch.empty(0), _to_torch(mel).unsqueeze(1)
+
+    def sounds(self, audio: Sequence[np.ndarray], start_s: Sequence[float]) -> Tensor:
+        """Log-mel alone, float32 (B, 1, bands, steps), of sounds from `start_s` seconds on. For a graph without pictures."""
+        views = [View(round(s * self.fps), (0.0, 0.0, 1.0, 1.0)) for s in start_s]
+        return self.run([], audio, views)[1]
 
 
 def _to_torch(batch: Any) -> Tensor:
@@ -71,23 +83,27 @@ def _to_torch(batch: Any) -> Tensor:
     return torch.from_dlpack(dense).clone() if hasattr(dense, "__dlpack__") else torch.from_numpy(np.array(dense))
 
 
+def _scalar(name: str, dtype: Any = types.FLOAT) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=0, batch=True)
+
+
 @pipeline_def
-def _graph(config: ViewConfig, fps: float, device: str) -> tuple[Any, Any]:
-    def scalar(name: str, dtype: Any = types.FLOAT) -> Any:
-        return fn.external_source(name=name, dtype=dtype, ndim=0, batch=True)
-
-    return _pictures(config, fps, device, scalar), _log_mel(
-        config, fps, device, scalar("start_sample", types.INT32), scalar("gain")
-    )
+def _both(config: ViewConfig, fps: float, device: str) -> tuple[Any, Any]:
+    return _pictures(config, fps, device), _log_mel(config, fps, device)
 
 
-def _pictures(config: ViewConfig, fps: float, device: str, scalar: Any) -> Any:
+@pipeline_def
+def _sound_alone(config: ViewConfig, fps: float, device: str) -> Any:
+    return _log_mel(config, fps, device)
+
+
+def _pictures(config: ViewConfig, fps: float, device: str) -> Any:
     if device == "gpu":
         encoded = fn.external_source(name="video", dtype=types.UINT8, ndim=1, batch=True)
         frames = fn.decoders.video(
             encoded,
             device="mixed",
-            start_frame=scalar("start_frame", types.INT32),
+            start_frame=_scalar("start_frame", types.INT32),
             sequence_length=config.frames,
             stride=config.stride(fps),
             pad_mode="edge",
@@ -106,10 +122,12 @@ def _pictures(config: ViewConfig, fps: float, device: str, scalar: Any) -> Any:
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    frames = fn.color_twist(frames, brightness=scalar("brightness"), contrast=scalar("contrast"), saturation=scalar("saturation"))
+    frames = fn.color_twist(
+        frames, brightness=_scalar("brightness"), contrast=_scalar("contrast"), saturation=_scalar("saturation")
+    )
     return fn.crop_mirror_normalize(
         frames,
-        mirror=scalar("mirror", types.INT32),
+        mirror=_scalar("mirror", types.INT32),
         mean=[PICTURE_MEAN] * 3,
         std=[PICTURE_STD] * 3,
         output_layout="CFHW",
@@ -117,17 +135,18 @@ def _pictures(config: ViewConfig, fps: float, device: str, scalar: Any) -> Any:
     )
 
 
-def _log_mel(config: ViewConfig, fps: float, device: str, first: Any, gain: Any) -> Any:
+def _log_mel(config: ViewConfig, fps: float, device: str) -> Any:
     """10 log10 of the mel power spectrum (HTK scale, no normalisation, windows centred, edges reflected): equal to
     torchaudio.transforms.MelSpectrogram(power=2, norm=None, mel_scale="htk")."""
     encoded = fn.external_source(name="audio", dtype=types.UINT8, ndim=1, batch=True)
     sound, _ = fn.decoders.audio(encoded, dtype=types.FLOAT, downmix=True, sample_rate=float(config.audio_rate))
     samples = round(config.span_s(fps) * config.audio_rate)
+    first = _scalar("start_sample", types.INT32)
     sound = fn.slice(sound, first, samples, axes=[0], out_of_bounds_policy="pad", fill_values=0.0)
     if device == "gpu":
         sound = sound.gpu()
     power = fn.spectrogram(
-        sound * gain,
+        sound * _scalar("gain"),
         nfft=config.n_fft,
         window_length=config.n_fft,
         window_step=config.hop,

@@ -1,0 +1,333 @@
+"""The `cmacc` command: every flow and every tool by hand, no server needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from cmacc.flows import settings
+
+app = typer.Typer(
+    name="cmacc",
+    help="From a list of YouTube clips to a pretrained audio-visual encoder.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+
+@app.callback()
+def _set_up(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, Prefect's own messages too.")] = False,
+) -> None:
+    settings.apply(verbose)
+    handler = RichHandler(console=err_console, show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.getLogger("cmacc").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def main() -> None:
+    """Entry point: a refusal is one sentence on the error stream and exit status 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err_console.print("stopped; the same command continues")
+        sys.exit(130)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        err_console.print(f"[red]cmacc:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an error's own sentence tells the user what to mend; anything else is a fault of ours and keeps its traceback."""
+    from cmacc.ingest import IngestFailure
+    from cmacc.shards.errors import DatasetError
+
+    if isinstance(error, (ValueError, OSError, FloatingPointError, IngestFailure, DatasetError)):
+        return True
+    return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _table(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    out_console.print(table)
+
+
+@app.command(
+    "sample-world",
+    epilog="Example: [bold]cmacc sample-world runs/world --clips 200 --eval-clips 60 --serve[/bold]",
+)
+def sample_world(
+    out: Annotated[Path, typer.Argument(help="Folder for the media files and clip lists.")],
+    clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips.")] = 240,
+    clip_s: Annotated[float, typer.Option(help="Seconds a clip.")] = 2.0,
+    imbalance: Annotated[float, typer.Option(help="Zipf exponent of the training classes' frequencies; 0 is equal.")] = 0.0,
+    seed: int = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    serve: Annotated[bool, typer.Option(help="Then serve the files on 127.0.0.1 until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 takes a free one.")] = 0,
+) -> None:
+    """Render the sample world: seeded videos of moving, sounding things, with clip lists in AudioSet's form."""
+    from cmacc.flows.progress import progress
+    from cmacc.ingest.world import WorldConfig, render_world
+    from cmacc.ingest.world import serve as serve_folder
+
+    config = WorldConfig(clips=clips, eval_clips=eval_clips, clip_s=clip_s, imbalance=imbalance, seed=seed)
+    with progress("sample-world", total=0) as tell:
+        world = render_world(out, config, workers, on_progress=lambda done, files: tell(done, "files", files))
+    _table(
+        "sample world",
+        {"files": world.files, "clips": world.clips, "training list": world.train_manifest, "held-out list": world.eval_manifest},
+    )
+    if serve:
+        import threading
+
+        with serve_folder(world.root, port) as url:
+            out_console.print(f"serving {url}/media/; Ctrl-C ends it", highlight=False)
+            threading.Event().wait()
+
+
+@app.command(
+    epilog="Example: [bold]cmacc ingest train=balanced_train_segments.csv eval=eval_segments.csv --out data/audioset "
+    "--workers 4 --pause 5[/bold]"
+)
+def ingest(
+    manifests: Annotated[
+        list[str],
+        typer.Argument(
+            help="Clip lists, as PATH or SPLIT=PATH: AudioSet, VGGSound, Kinetics, "
+            "ACAV100M, CSV, TSV, JSONL, Parquet, a folder or a media file."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the data set; an existing one is continued.")],
+    url_template: Annotated[str | None, typer.Option(help="Address of a YouTube id, with {id} in it.")] = None,
+    manifest_format: Annotated[str, typer.Option("--format", help="Form of the lists, if it is not to be recognised.")] = "auto",
+    profile: Annotated[str, typer.Option(help="h264, h264-dense, mjpeg or vp9.")] = "h264",
+    short_side: Annotated[int | None, typer.Option(help="Pixels of the shorter side.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
+    gop: Annotated[int | None, typer.Option(help="Frames from keyframe to keyframe.")] = None,
+    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
+    workers: Annotated[int, typer.Option(help="Source videos worked on at once.")] = 2,
+    retry: Annotated[list[str] | None, typer.Option(help="Try failures of this cause again; may be given several times.")] = None,
+    cookies: Annotated[str, typer.Option(help="Netscape cookie file for the download.")] = "",
+    proxy: Annotated[str, typer.Option(help="Proxy for the download.")] = "",
+    pause: Annotated[float, typer.Option(help="Seconds between downloads of one worker.")] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for one source video.")] = 600.0,
+) -> None:
+    """Download and transcode clips into WebDataset shards. The same command continues a run."""
+    from cmacc.flows.ingest import ingest as flow
+
+    options: dict[str, Any] = {
+        "url_template": url_template,
+        "manifest_format": manifest_format,
+        "profile_name": profile,
+        "short_side": short_side,
+        "fps": fps,
+        "gop": gop,
+        "shard_mb": shard_mb,
+        "workers": workers,
+        "retry": retry,
+        "cookies": cookies,
+        "proxy": proxy,
+        "pause_s": pause,
+        "timeout_s": timeout,
+    }
+    counts = flow(manifests, str(out), **options)
+    _table(
+        f"ingest: {out}",
+        {**{k: v for k, v in counts.items() if k != "causes"}, **{f"failed: {k}": v for k, v in counts["causes"].items()}},
+    )
+
+
+@app.command(
+    epilog="Example: [bold]cmacc reshard data/audioset --out data/dogs "
+    "--where \"list_contains(labels, 'Dog') and duration_s >= 9\" --order shuffle:1 --split train:0.9,val:0.1[/bold]"
+)
+def reshard(
+    sources: Annotated[list[str], typer.Argument(help="Data sets: folders or fsspec URLs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
+    where: Annotated[str | None, typer.Option(help="SQL expression over the catalog's columns.")] = None,
+    order: Annotated[str, typer.Option(help="source, shuffle:SEED or by:COLUMN.")] = "source",
+    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many.")] = None,
+    split: Annotated[str | None, typer.Option(help="New splits by source video, as train:0.9,val:0.1.")] = None,
+    members: Annotated[str | None, typer.Option(help="Media members to keep, as mp4,flac.")] = None,
+) -> None:
+    """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded."""
+    from cmacc.flows.reshard import reshard as flow
+
+    kept = members.split(",") if members else None
+    done = flow(sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
+    _table(f"reshard: {out}", done)
+
+
+@app.command(epilog="Example: [bold]cmacc inspect data/audioset --sheet sheet.png[/bold]")
+def inspect(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet, PNG.")] = None,
+    clips: Annotated[int, typer.Option(help="Clips on the sheet.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a data set's facts: clips, hours, bytes, splits, labels, quantiles of duration, loudness and motion."""
+    from cmacc.shards.dataset import Dataset
+    from cmacc.shards.describe import contact_sheet, describe
+
+    dataset = Dataset.open(data)
+    facts = describe(dataset)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        short = {k: f"{len(v)}, most frequent {', '.join(list(v)[:5])}" if k == "labels" and v else v for k, v in facts.items()}
+        _table(data, {k: v for k, v in short.items() if v not in ({}, [])})
+    if sheet:
+        out_console.print(f"contact sheet: {contact_sheet(dataset, sheet, clips)}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]cmacc lint data/audioset[/bold]")
+def lint(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    samples: Annotated[int, typer.Option(help="Clips to decode.")] = 64,
+    checksums: Annotated[bool, typer.Option(help="Read every shard whole and compare its sha256.")] = True,
+) -> None:
+    """Check everything a data set promises; exit status 1 when something is wrong."""
+    from cmacc.shards.lint import lint as find_faults
+
+    faults = find_faults(data, samples=samples, checksums=checksums)
+    for fault in faults:
+        out_console.print(
+            f"[red]{fault.code}[/red] {_escape(fault.where)}: {_escape(fault.sentence)}", soft_wrap=True, highlight=False
+        )
+    out_console.print(f"{data}: {len(faults)} faults" if faults else f"{data}: no fault", highlight=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    found = {}
+    for pair in pairs or ():
+        name, mark, value = pair.partition("=")
+        if not mark:
+            raise ValueError(f"option {pair!r} has no value; write it as name=value, e.g. objective.tau=0.1")
+        found[name] = value
+    return found
+
+
+@app.command(epilog="Example: [bold]cmacc pretrain data/audioset --out runs/first --recipe paper --set loader.batch=64[/bold]")
+def pretrain(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; an existing one is continued.")],
+    recipe: Annotated[str, typer.Option(help="paper or small.")] = "small",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value, by dotted name; may be given several times.")
+    ] = None,
+) -> None:
+    """Pretrain with CM-ACC. The same command continues a run, with the very next clip."""
+    from cmacc.flows.pretrain import pretrain as flow
+
+    numbers = flow(data, str(out), recipe_name=recipe, options=_options(options))
+    _table(f"pretrain: {out}", numbers)
+    out_console.print(f"picture: {out / 'picture.png'}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]cmacc evaluate runs/first --data data/audioset --split eval --sounds data/ESC-50[/bold]")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
+    data: Annotated[str | None, typer.Option(help="Data set for cross-modal retrieval.")] = None,
+    split: Annotated[str, typer.Option(help="Its split.")] = "eval",
+    clips: Annotated[int, typer.Option(help="At most so many clips.")] = 1000,
+    sounds: Annotated[Path | None, typer.Option(help="Folder in ESC-50's layout, for a linear probe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
+) -> None:
+    """Score trained encoders: cross-modal retrieval, and a linear probe on labelled sounds."""
+    from cmacc.flows.evaluate import evaluate as flow
+
+    scores = flow(
+        str(model),
+        data=data,
+        split=split,
+        clips=clips,
+        sounds=str(sounds) if sounds else None,
+        out=str(out) if out else None,
+        batch=batch,
+    )
+    for kind in ("retrieval", "linear_probe"):
+        if kind in scores:
+            _table(kind.replace("_", " "), scores[kind])
+
+
+@app.command(epilog="Example: [bold]cmacc export runs/first exports/first[/bold]")
+def export(
+    model: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder for encoders.safetensors and encoders.json.")],
+) -> None:
+    """Write the trained encoders with the constants of their input, as safetensors and JSON."""
+    from cmacc.train.trained import export as write
+    from cmacc.train.trained import load_trained
+
+    out_console.print(f"exported to {write(load_trained(model), out)}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
+def embed(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
+    data: Annotated[str, typer.Argument(help="A local data set.")],
+    name: Annotated[str, typer.Option(help="Of the model: the columns are video-NAME and audio-NAME.")],
+    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
+) -> None:
+    """Embed every clip of a data set, as columns of its catalog."""
+    from cmacc.flows.progress import progress
+    from cmacc.shards.dataset import Dataset
+    from cmacc.train.embed import embed_dataset
+    from cmacc.train.loader import LoaderConfig
+    from cmacc.train.trained import load_trained
+
+    dataset = Dataset.open(data)
+    with progress("embed", total=len(dataset)) as tell:
+        columns = embed_dataset(load_trained(model), dataset, name, LoaderConfig(batch=batch), lambda done: tell(done, "clips"))
+    out_console.print(f"{data}: columns {' and '.join(columns)}", highlight=False)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: [bold]cmacc run ingest --watch[/bold] does prefect deployment run ingest/local --watch",
+)
+def run(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A flow (ingest, reshard, pretrain, evaluate) or FLOW/DEPLOYMENT.")],
+) -> None:
+    """Run a deployment on a Prefect server, by the flow's bare name; further options go to `prefect deployment run`."""
+    from cmacc.flows.deployments import resolve, run_deployment
+
+    raise typer.Exit(run_deployment(resolve(name), context.args))
+
+
+@app.command(epilog="Example: [bold]cmacc demo runs/demo[/bold]")
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path("runs/demo"),
+    seed: int = 0,
+    options: Annotated[list[str] | None, typer.Option("--set", help="name=value of the training recipe.")] = None,
+) -> None:
+    """The main job, whole: render the sample world, serve it, ingest it through yt-dlp, pretrain, evaluate."""
+    from cmacc.flows.demo import demo as run_demo
+
+    run_demo(out, seed, _options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))

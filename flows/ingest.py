@@ -1,0 +1,160 @@
+"""The `ingest` flow: clip lists in, a data set out. Running it again continues it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from cmacc.flows.pack import Packer
+from cmacc.flows.progress import progress
+from cmacc.ingest import Cause, FetchOptions, Ledger, Limits, Outcome, SourceVideo, read_manifest, stop_all, work
+from cmacc.ingest.manifest import Format
+from cmacc.shards.dataset import Dataset
+from cmacc.shards.profile import Profile, profile
+from cmacc.shards.writer import DatasetWriter
+
+log = logging.getLogger(__name__)
+
+MOST_WORKERS = 64
+VIDEOS_A_TASK = 32
+"""A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
+
+
+@task(task_run_name="videos {first}", cache_policy=NO_CACHE)
+def work_on(
+    first: int,
+    videos: Sequence[SourceVideo],
+    kind: Profile,
+    staging: Path,
+    options: FetchOptions,
+    limits: Limits,
+    timeout_s: float,
+) -> list[Outcome]:
+    """Fetch and cut a group of source videos in a child process. first: number of the first of them, for the run's name."""
+    return list(work(videos, profile=kind, staging=staging, options=options, limits=limits, timeout_s=timeout_s))
+
+
+@flow(name="ingest", log_prints=False)
+def ingest(
+    manifests: list[str],
+    out: str,
+    url_template: str | None = None,
+    manifest_format: Format = "auto",
+    profile_name: Literal["h264", "h264-dense", "mjpeg", "vp9"] = "h264",
+    short_side: int | None = None,
+    fps: int | None = None,
+    gop: int | None = None,
+    shard_mb: int = 256,
+    workers: int = 2,
+    retry: list[str] | None = None,
+    cookies: str = "",
+    proxy: str = "",
+    pause_s: float = 0.0,
+    timeout_s: float = 600.0,
+) -> dict[str, Any]:
+    """Download and transcode the clips of `manifests` into the data set `out`; returns the counts of its ledger.
+
+    manifests: `PATH` or `SPLIT=PATH` each, any form that `cmacc.ingest.read_manifest` knows. url_template: address of a
+    YouTube id, with `{id}` in it. short_side, fps, gop: changes to the profile. retry: causes whose failures are tried
+    again. pause_s: seconds between downloads of one worker. timeout_s: for one source video. Raises ValueError,
+    DatasetError or IngestFailure with one sentence when the whole job cannot go on.
+    """
+    if not 1 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers is {workers}; give 1 to {MOST_WORKERS}")
+    kind = profile(profile_name, short_side=short_side, fps=fps, gop=gop)
+    causes = [_cause(name) for name in retry or ()]
+    options = FetchOptions(cookies=cookies, proxy=proxy, pause_s=pause_s)
+    lists = [_read(text, manifest_format, url_template) for text in manifests]
+    home = Path(out)
+    with Ledger(home / "ingest" / "ledger.sqlite") as ledger:
+        for manifest in lists:
+            ledger.add(manifest)
+        packer = Packer(ledger, home)
+        with DatasetWriter(home, kind, shard_bytes=shard_mb << 20, on_commit=packer.committed) as writer:
+            packer.settle(writer.keys)
+            videos = ledger.pending(causes)
+            counts = ledger.counts()
+            log.info("%s: %d rows, %d clips there, %d source videos to do", home, counts.rows, counts.done, len(videos))
+            packer.pack(writer)
+            # Every pending clip has one outcome; failures to be tried again are pending too by now.
+            todo = sum(len(v.requests) for v in videos)
+            with progress("ingest", total=todo) as tell:
+                done = failed = 0
+                for outcomes in _outcomes(videos, kind, packer.staging, options, Limits(), timeout_s, workers):
+                    ledger.record(outcomes)
+                    packer.pack(writer)
+                    done, failed = done + len(outcomes), failed + sum(o.cause is not None for o in outcomes)
+                    tell(done, f"{failed} failed")
+        counts = ledger.counts()
+        summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
+                   "pending": counts.pending, "causes": counts.causes}  # fmt: skip
+    _report(summary)
+    if not counts.done:
+        raise ValueError(f"no clip of {', '.join(manifests)} could be had ({_in_words(counts.causes)}); nothing was written")
+    log.info("%s: %d clips; %s", home, len(Dataset.open(home)), _in_words(counts.causes))
+    return summary
+
+
+def _outcomes(
+    videos: Sequence[SourceVideo],
+    kind: Profile,
+    staging: Path,
+    options: FetchOptions,
+    limits: Limits,
+    timeout_s: float,
+    workers: int,
+) -> Iterator[list[Outcome]]:
+    """Outcomes, group by group, in the order of the manifests, so that shards do not depend on who is done first."""
+    size = max(1, min(VIDEOS_A_TASK, -(-len(videos) // (4 * workers))))
+    groups = deque((i, videos[i : i + size]) for i in range(0, len(videos), size))
+    waiting: deque[PrefectFuture[list[Outcome]]] = deque()
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
+    try:
+        with runner:
+            while groups or waiting:
+                while groups and len(waiting) < 2 * workers:
+                    first, group = groups.popleft()
+                    parameters = {
+                        "first": first, "videos": group, "kind": kind, "staging": staging, "options": options,
+                        "limits": limits, "timeout_s": timeout_s,
+                    }  # fmt: skip
+                    waiting.append(runner.submit(work_on, parameters))
+                yield waiting.popleft().result()
+    finally:
+        stop_all()
+
+
+def _read(text: str, manifest_format: Format, url_template: str | None) -> Any:
+    """`SPLIT=PATH` or `PATH`; a `=` further right than the first `/` or `?` belongs to the path."""
+    split, mark, path = text.partition("=")
+    if not mark or not split.replace("-", "").replace("_", "").isalnum():
+        split, path = "", text
+    return read_manifest(path, format=manifest_format, url_template=url_template, split=split)
+
+
+def _cause(name: str) -> Cause:
+    try:
+        return Cause(name)
+    except ValueError:
+        raise ValueError(f"there is no cause {name!r} to retry; use some of {', '.join(Cause)}") from None
+
+
+def _in_words(causes: dict[str, int]) -> str:
+    return ", ".join(f"{n} {cause}" for cause, n in sorted(causes.items(), key=lambda item: -item[1])) or "no failure"
+
+
+def _report(summary: dict[str, Any]) -> None:
+    rows = [
+        *((state, summary[state]) for state in ("rows", "done", "pending", "bad_rows")),
+        *((f"failed: {cause}", n) for cause, n in summary["causes"].items()),
+    ]
+    create_table_artifact(key="ingest-counts", table=[{"state": s, "clips": n} for s, n in rows])

@@ -1,0 +1,25 @@
+"""Settings that must stand before Prefect is imported: for the `cmacc` command, wherever it is called from."""
+
+from __future__ import annotations
+
+import os
+
+_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "cmacc",
+    # The command tells its user one sentence; Prefect would print the traceback of a wrong option.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+}
+
+
+def apply(verbose: bool) -> None:
+    """Set what the user's environment does not. verbose: leave Prefect's own messages on."""
+    for name, value in _DEFAULTS.items():
+        if not (verbose and "LEVEL" in name):
+            os.environ.setdefault(name, value)

@@ -1,0 +1,43 @@
+"""A clip's facts as its `json` member: sorted keys, no spaces to spare, the same facts always the same bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from cmacc.shards.clip import Facts
+
+
+def facts_to_json(facts: Facts) -> bytes:
+    """Raises ValueError for a number that is not finite."""
+    return json.dumps(asdict(facts), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def facts_from_json(data: bytes) -> Facts:
+    """Raises ValueError when the bytes are not the facts of a clip."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"the json member is not JSON ({e})") from e
+    if not isinstance(found, dict):
+        raise ValueError("the json member is not a JSON object")
+    known = {f.name: f for f in fields(Facts)}
+    missing = [name for name, f in known.items() if name not in found and f.default is MISSING]
+    if missing or set(found) - set(known):
+        wrong = ", ".join(missing) or ", ".join(sorted(set(found) - set(known)))
+        raise ValueError(f"the json member {'lacks' if missing else 'has unknown facts'} {wrong}")
+    return Facts(**{name: _typed(name, str(known[name].type), value) for name, value in found.items()})
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    if kind.startswith("tuple"):
+        inner = kind[len("tuple[") :].split(",")[0]
+        if not isinstance(value, list):
+            raise ValueError(f"fact {name} is {value!r}; it should be a list")
+        return tuple(_typed(name, inner, v) for v in value)
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not {"str": str, "int": int}.get(kind):
+        raise ValueError(f"fact {name} is {value!r}; it should be of type {kind}")
+    return value

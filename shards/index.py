@@ -1,0 +1,99 @@
+"""What a finished tar holds, and the two index files that other readers want beside it.
+
+DALI's index (v1.2, `clips-000000.idx`): a text line a clip, `extension offset size name` for each member.
+Energon's index (`clips-000000.tar.idx`): little-endian uint64 offsets of each clip's first header, and where the last clip ends.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from cmacc.shards.publish import publish
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar. name is `KEY.EXTENSION`; header, offset and size are in bytes, offset being that of the data."""
+
+    name: str
+    header: int
+    offset: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def extension(self) -> str:
+        return self.name.partition(".")[2]
+
+    @property
+    def end(self) -> int:
+        """Where the next header begins: the data's end, rounded up to a whole tar block."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
+
+
+def scan(file: Path | BinaryIO) -> list[Member]:
+    """Every member of an uncompressed tar, in its order; data is skipped, not read.
+
+    Raises tarfile.TarError when the tar is damaged, cut short, or holds something that is not a regular file.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return scan(opened)
+    members = []
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and info.sparse is None and info.size >= 0
+            if not plain or "/" in info.name:
+                raise tarfile.ReadError(f"{info.name!r} is not a regular file in the tar's top folder")
+            members.append(Member(info.name, info.offset, info.offset_data, info.size))
+    size = file.seek(0, 2)
+    # tarfile takes a tar cut between two members for a whole one: the two empty blocks at the end are the proof
+    end = members[-1].end if members else 0
+    file.seek(end)
+    if size < end + 2 * _BLOCK or any(file.read(2 * _BLOCK)):
+        raise tarfile.ReadError(f"the tar ends at byte {size} without its end mark")
+    return members
+
+
+def clips(members: Iterable[Member]) -> list[tuple[str, list[Member]]]:
+    """Adjacent members grouped by key: what every reader of WebDataset takes for one sample."""
+    return [(key, list(group)) for key, group in groupby(members, key=lambda m: m.key)]
+
+
+def dali_index(members: Iterable[Member]) -> bytes:
+    """DALI's v1.2 index of a tar, byte for byte what its own `wds2idx` writes."""
+    samples = clips(members)
+    lines = [f"v1.2 {len(samples)}"]
+    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in group) for _, group in samples]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def energon_index(members: Iterable[Member]) -> bytes:
+    """Energon's index of a tar: uint64 little-endian, one per clip and a last one for the end."""
+    samples = clips(members)
+    offsets = [group[0].header for _, group in samples]
+    end = samples[-1][1][-1].end if samples else 0
+    return struct.pack(f"<{len(offsets) + 1}Q", *offsets, end)
+
+
+def index_paths(tar: Path) -> tuple[Path, Path]:
+    """Where the DALI index and the Energon index of a shard lie."""
+    return tar.with_suffix(".idx"), tar.with_suffix(".tar.idx")
+
+
+def write_indexes(tar: Path, members: Sequence[Member] | None = None) -> None:
+    """Write both indexes of a shard beside it; members: what `scan` found, if that is known. Raises tarfile.TarError, OSError."""
+    found = scan(tar) if members is None else members
+    for path, data in zip(index_paths(tar), (dali_index(found), energon_index(found)), strict=True):
+        publish(path, data)

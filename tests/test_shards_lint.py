@@ -1,0 +1,214 @@
+"""Every fault that lint knows, provoked on a sound data set; and the data set at a glance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from media import audio_bytes, make_clip, tiny_profile, video_bytes
+from PIL import Image
+
+from cmacc.shards.clip import Clip
+from cmacc.shards.dataset import Dataset
+from cmacc.shards.describe import contact_sheet, describe
+from cmacc.shards.index import scan, write_indexes
+from cmacc.shards.lint import Fault, lint
+from cmacc.shards.tar import tar_end, tar_member, tar_padding
+from cmacc.shards.writer import DatasetWriter
+
+TAR = "clips-000000.tar"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lint") / "set"
+    with DatasetWriter(path, tiny_profile()) as w:
+        for i in range(8):
+            w.add(make_clip(i, labels=(f"label {i % 2}",), split="train"))
+            if i == 4:
+                w.cut()
+    return path
+
+
+@pytest.fixture
+def broken(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "set"))
+
+
+def members(path: Path) -> list[tuple[str, bytes]]:
+    data = path.read_bytes()
+    return [(m.name, data[m.offset : m.offset + m.size]) for m in scan(path)]
+
+
+def forge(folder: Path, new: list[tuple[str, bytes]], *, honest: bool = True) -> None:
+    """Write the first shard anew with other members, and (honest) indexes, size and checksum to match."""
+    path = folder / TAR
+    body = b"".join(tar_member(name, len(data)) + data + tar_padding(len(data)) for name, data in new)
+    path.write_bytes(body + tar_end(len(body)))
+    meta = json.loads((folder / "dataset.json").read_text())
+    if honest:
+        meta["shards"][0].update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        write_indexes(path)
+    (folder / "dataset.json").write_text(json.dumps(meta))
+
+
+def codes(faults: list[Fault]) -> set[str]:
+    return {f.code for f in faults}
+
+
+def test_sound_data_set_has_no_faults(sound: Path) -> None:
+    assert lint(sound) == []
+    assert lint(sound, samples=3, seed=5) == []
+    assert lint(sound, samples=0, checksums=False) == []
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{sound}/", "/lint/set/", recursive=True)
+    try:
+        assert lint("memory://lint/set") == []
+    finally:
+        memory.rm("/lint", recursive=True)
+
+
+def change_meta(**shard: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        meta = json.loads((folder / "dataset.json").read_text())
+        meta["shards"][0].update(shard)
+        (folder / "dataset.json").write_text(json.dumps(meta))
+
+    return change
+
+
+def change_catalog(name: str, row: int, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        zarr.open_group(folder / "catalog.zarr", mode="r+")[name][row] = value
+
+    return change
+
+
+def change_byte(folder: Path) -> None:
+    place = int(Dataset.open(folder).catalog.column("offset")[2, 0]) + 600
+    with (folder / TAR).open("r+b") as f:
+        f.seek(place)
+        old = f.read(1)
+        f.seek(place)
+        f.write(bytes([old[0] ^ 0xFF]))
+
+
+def of_first(change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]) -> Callable[[Path], None]:
+    """A first shard whose members were changed, with everything that describes it made to match."""
+    return lambda folder: forge(folder, change(members(folder / TAR)))
+
+
+def from_second(folder: Path) -> None:
+    forge(folder, members(folder / TAR)[:-3] + members(folder / "clips-000001.tar")[:3])
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no dataset.json": (lambda p: (p / "dataset.json").unlink(), "dataset", "has no dataset.json"),
+    "path from outside": (change_meta(name="../x.tar"), "dataset", "own folder"),
+    "shard missing": (lambda p: (p / TAR).unlink(), "missing", f"{TAR} is missing; copy it again"),
+    "shard truncated": (lambda p: os.truncate(p / TAR, 30_000), "size tar", "truncated or changed"),
+    "shard truncated at a member": (lambda p: os.truncate(p / TAR, scan(p / TAR)[6].header), "size tar", "without its end mark"),
+    "shard longer": (lambda p: os.truncate(p / TAR, (p / TAR).stat().st_size + 512), "size", "bytes, dataset.json says"),
+    "a byte changed": (change_byte, "checksum", "wrong sha256: its content changed"),
+    "no index": (lambda p: (p / "clips-000000.idx").unlink(), "index", r"clips-000000\.idx is missing"),
+    "wrong index": (lambda p: (p / "clips-000000.tar.idx").write_bytes(b"x"), "index", f"idx does not agree with {TAR}"),
+    "too few clips": (change_meta(clips=4), "count", "holds 5 clips, dataset.json says 4"),
+    "member gone": (of_first(lambda m: m[:-2] + m[-1:]), "members", "has mp4, json, not mp4, flac, json"),
+    "members apart": (of_first(lambda m: [m[0], m[3], *m[1:3], *m[4:]]), "members", "not adjacent"),
+    "twice in a shard": (of_first(lambda m: m + m[:3]), "members", "not adjacent or double"),
+    "in two shards": (from_second, "duplicate", f"in {TAR} too"),
+    "bad key": (of_first(lambda m: [(n.replace("yt_", "yt "), d) for n, d in m]), "key", "has a clip with the key 'yt 0"),
+    "not a tar": (lambda p: (p / TAR).write_bytes(b"no" * 5000), "size tar", "is damaged"),
+    "bad facts": (of_first(lambda m: [(n, d[:-1] if "json" in n else d) for n, d in m]), "members", "not JSON"),
+    "catalog gone": (lambda p: shutil.rmtree(p / "catalog.zarr"), "catalog", "made again from the shards"),
+    "catalog garbage": (lambda p: (p / "catalog.zarr/size/c/0/0").write_bytes(b"x"), "catalog", "cannot be read"),
+    "catalog offset": (change_catalog("offset", 1, 7), "catalog", "does not agree with"),
+    "catalog facts": (change_catalog("motion", 1, 77.0), "catalog", "has other facts of clip"),
+    "catalog sha256": (change_catalog("sha256", 6, 0), "checksum", "wrong checksum"),
+    "orphan": (lambda p: (p / "clips-000007.tar.idx").write_bytes(b""), "stray", "not named in dataset.json"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_each_fault_is_found(broken: Path, case: str) -> None:
+    breaks, expected, sentence = BREAKS[case]
+    breaks(broken)
+    faults = lint(broken)
+    assert set(expected.split()) <= codes(faults)
+    assert any(re.search(sentence, f.sentence) for f in faults), faults
+    assert all("\n" not in f.sentence and f.where for f in faults)
+
+
+def with_media(**change: object) -> Clip:
+    clip = make_clip(1)
+    media = {k: change.pop(k) for k in ("mp4", "flac") if k in change}
+    return replace(clip, facts=replace(clip.facts, **change), members={**clip.members, **media})
+
+
+@pytest.mark.parametrize(
+    ("clip", "code", "sentence"),
+    [
+        (with_media(mp4=b"not a video"), "decode", r"\.mp4 in .* cannot be decoded"),
+        (with_media(mp4=video_bytes(1)[:-2000]), "decode", r"\.mp4 in .* cannot be decoded"),
+        (with_media(mp4=audio_bytes()), "decode", "one video stream and nothing else"),
+        (with_media(flac=video_bytes()), "decode", "one audio stream and nothing else"),
+        (with_media(flac=b"fLaC" + bytes(100)), "decode", r"\.flac in .* cannot be decoded"),
+        (with_media(width=64), "decode", "frames of 48 x 32, its facts say 64 x 32"),
+        (with_media(n_frames=9), "duration", "has 8 frames and lasts 1.000 s"),
+        (with_media(duration_s=1.3, flac=audio_bytes(seconds=1.3)), "duration", "its facts say 8 and 1.300 s"),
+        (with_media(flac=audio_bytes(seconds=1.5)), "duration", "lasts 1.500 s, the video 1.000 s"),
+    ],
+)
+def test_media_faults_are_found(tmp_path: Path, clip: Clip, code: str, sentence: str) -> None:
+    with DatasetWriter(tmp_path, tiny_profile()) as w:
+        w.add(clip)
+    faults = lint(tmp_path)
+    assert [f.code for f in faults] == [code]
+    assert re.search(sentence, faults[0].sentence) and f"key <> '{clip.key}'" in faults[0].sentence
+    assert lint(tmp_path, samples=0) == []
+
+
+def test_other_codecs_pass(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, tiny_profile(audio_codec="opus")) as w:
+        w.add(make_clip(0, audio="opus"))
+    assert lint(tmp_path) == []
+    with DatasetWriter(tmp_path / "vp9", tiny_profile(codec="vp9")) as w:
+        w.add(make_clip(0))
+    assert [f.sentence for f in lint(tmp_path / "vp9") if "is h264, the profile says vp9" in f.sentence]
+
+
+def test_describe(sound: Path) -> None:
+    facts = describe(Dataset.open(sound))
+    assert json.loads(json.dumps(facts)) == facts
+    assert (facts["clips"], facts["shards"], facts["sources"], facts["splits"]) == (8, 2, 4, {"train": 8})
+    assert facts["hours"] == 8 / 3600 and facts["labels"] == {"label 0": 4, "label 1": 4}
+    assert facts["quantiles"]["motion"] == pytest.approx(
+        {"0%": 0, "5%": 0.35, "25%": 1.75, "50%": 3.5, "75%": 5.25, "95%": 6.65, "100%": 7}
+    )
+    assert facts["bytes"] == sum(p.stat().st_size for p in sound.glob("*.tar"))
+
+
+def test_describe_nothing(tmp_path: Path) -> None:
+    DatasetWriter(tmp_path, tiny_profile()).__exit__(None, None, None)
+    facts = describe(Dataset.open(tmp_path))
+    assert (facts["clips"], facts["labels"], facts["quantiles"]["motion"]) == (0, {}, {})
+    assert lint(tmp_path) == []
+    with Image.open(contact_sheet(Dataset.open(tmp_path), tmp_path / "sheet.png")) as sheet:
+        assert sheet.height == 1
+
+
+def test_contact_sheet(sound: Path, tmp_path: Path) -> None:
+    path = contact_sheet(Dataset.open(sound), tmp_path / "sheet.png", 3)
+    with Image.open(path) as sheet:
+        assert sheet.format == "PNG" and sheet.height == 3 * 114
+        assert np.asarray(sheet).std() > 20
