@@ -1,1 +1,36 @@
-"""A clip request in, a verified clip (video bytes, audio bytes, facts) or a typed failure out."""
+"""A clip request in, a verified clip (video bytes, audio bytes, facts) or a typed failure out.
+
+`read_manifest` reads a clip list, `Ledger` keeps what became of each row, `work` fetches and cuts groups of source videos in a
+child process, `read_staged` gives the finished clips; `fetch` and `transcode` are the two halves of the work on one video.
+"""
+
+from cmacc.ingest.causes import Cause, IngestFailure
+from cmacc.ingest.cut import Limits
+from cmacc.ingest.fetch import FetchOptions, fetch
+from cmacc.ingest.ledger import Counts, Ledger
+from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest, read_manifest
+from cmacc.ingest.outcome import Outcome, SourceVideo
+from cmacc.ingest.staging import read_staged, staged_path
+from cmacc.ingest.transcode import transcode
+from cmacc.ingest.work import stop_all, work
+
+__all__ = [
+    "BadRow",
+    "Cause",
+    "ClipRequest",
+    "Counts",
+    "FetchOptions",
+    "IngestFailure",
+    "Ledger",
+    "Limits",
+    "Manifest",
+    "Outcome",
+    "SourceVideo",
+    "fetch",
+    "read_manifest",
+    "read_staged",
+    "staged_path",
+    "stop_all",
+    "transcode",
+    "work",
+]

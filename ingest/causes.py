@@ -1,0 +1,125 @@
+"""Why a clip could not be made: every failure has one named cause, and every cause its own rule for trying again."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """The named causes. `retry`: another pass may succeed by itself. `halts`: going on makes it worse, so the run stops."""
+
+    GONE = "gone"
+    PRIVATE = "private"
+    AGE_GATED = "age-gated"
+    GEO_BLOCKED = "geo-blocked"
+    LIVE = "live"
+    FORBIDDEN = "forbidden"
+    BOT_CHECK = "bot-check"
+    RATE_LIMITED = "rate-limited"
+    NETWORK = "network"
+    EXTRACTOR = "extractor"
+    NO_FORMAT = "no-format"
+    NO_VIDEO = "no-video"
+    NO_AUDIO = "no-audio"
+    TOO_SHORT = "too-short"
+    SILENT = "silent"
+    STILL = "still"
+    UNDECODABLE = "undecodable"
+    ENCRYPTED = "encrypted"
+    DESYNC = "desync"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    BAD_ROW = "bad-row"
+    DISK_FULL = "disk-full"
+
+    @property
+    def retry(self) -> bool:
+        return self in _RETRY or self.halts
+
+    @property
+    def halts(self) -> bool:
+        return self in _HALTS
+
+
+_RETRY = {Cause.LIVE, Cause.FORBIDDEN, Cause.NETWORK, Cause.EXTRACTOR, Cause.TIMEOUT}
+_HALTS = {Cause.BOT_CHECK, Cause.RATE_LIMITED, Cause.DISK_FULL}
+
+
+class IngestFailure(Exception):
+    """A clip or a source video that could not be had: its cause and one sentence of detail."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+        self.detail = detail
+
+
+# yt-dlp knows most of these only as a sentence. First match wins: "Video unavailable. This video is private" is private.
+_SAYS = tuple(
+    (cause, re.compile(pattern, re.IGNORECASE))
+    for cause, pattern in (
+        (Cause.DISK_FULL, r"no space left on device|disk quota exceeded"),
+        (Cause.BOT_CHECK, r"not a bot|captcha|unusual traffic"),
+        (Cause.RATE_LIMITED, r"rate.?limit|too many requests|http error 429|isn.t available, try again later"),
+        (Cause.AGE_GATED, r"confirm your age|age.?restricted|inappropriate for some users"),
+        (Cause.GEO_BLOCKED, r"geo.?restrict|(in|from) your (country|location|region)"),
+        (Cause.LIVE, r"live event will begin|premieres? in|live stream (recording )?is (not|offline)|not currently live"),
+        (Cause.PRIVATE, r"private|members.only|join this channel|requires? payment|login required|log ?in to|sign in"),
+        (Cause.GONE, r"http error (404|410)|unavailable|no longer available|removed|terminated|not exist|deleted|not found"),
+        (Cause.FORBIDDEN, r"http error (401|403|407|451)|forbidden"),
+        (Cause.NO_FORMAT, r"requested format is not available|no video formats|unsupported url|drm.protected|is not a valid url"),
+        (
+            Cause.NETWORK,
+            r"http error 5\d\d|timed? ?out|refused|reset by peer|resolve|unreachable|ssl|remote end closed|bytes (read|expected)"
+            r"|incomplete|connection|downloaded file is empty|did not get any data|content too short",
+        ),
+    )
+)
+_STATUS = {404: Cause.GONE, 410: Cause.GONE, 429: Cause.RATE_LIMITED, 451: Cause.GEO_BLOCKED}
+
+
+def failure_from(error: BaseException) -> IngestFailure:
+    """The failure behind any error of yt-dlp, the network or the operating system; `extractor` when nothing more is known."""
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, IngestFailure):
+            return link
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return IngestFailure(Cause.DISK_FULL, "no space is left on the device")
+    detail = _sentence(error)
+    for link in reversed(chain):
+        status = getattr(link, "status", None)
+        if isinstance(status, int) and status >= 400:
+            refused = Cause.NETWORK if status >= 500 or status == 408 else Cause.FORBIDDEN
+            return IngestFailure(_STATUS.get(status, refused), detail)
+        if type(link).__name__ == "GeoRestrictedError":
+            return IngestFailure(Cause.GEO_BLOCKED, detail)
+    for cause, pattern in _SAYS:
+        if pattern.search(detail):
+            return IngestFailure(cause, detail)
+    if any(isinstance(link, OSError) for link in chain):
+        return IngestFailure(Cause.NETWORK, detail)
+    return IngestFailure(Cause.EXTRACTOR, detail)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything it wraps; yt-dlp keeps the true one in `exc_info` and in `cause`."""
+    waiting: list[object] = [error]
+    seen: set[int] = set()
+    while waiting:
+        link = waiting.pop(0)
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        info = getattr(link, "exc_info", None)
+        waiting += [info[1] if isinstance(info, tuple) else None, getattr(link, "cause", None), link.__cause__, link.__context__]
+
+
+def _sentence(error: BaseException) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
+    text = text.removeprefix("ERROR: ").split("; please report this issue")[0]
+    return " ".join(text.split())[:300]

@@ -1,0 +1,194 @@
+"""One clip in the making: takes pictures and sound as they are decoded, ends as a verified clip or a failure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from av.video.frame import VideoFrame
+
+from cmacc.ingest.causes import Cause, IngestFailure
+from cmacc.ingest.checks import check_audio, check_video, check_worth, loudness_db
+from cmacc.ingest.encode import VideoWriter, encode_audio, sound_rate
+from cmacc.ingest.manifest import ClipRequest
+from cmacc.ingest.source import Picture, Samples, Trouble
+from cmacc.shards.clip import Clip, Facts
+from cmacc.shards.profile import Profile
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What makes a clip, and what making it may cost.
+
+    max_clip_s: of a clip that names no end. min_clip_s: a shorter one is too-short.
+    slack_s: what may be missing at either end; the nearest picture and silence fill it, so that a clip is as long as asked.
+    silence_db: dBFS below which a clip is silent. still_motion: mean luma change a frame (0..255) below which it is still.
+    decoder_threads: for one source video. memory_mb: that the decoders of one child process may hold, MiB.
+    """
+
+    max_clip_s: float = 60.0
+    min_clip_s: float = 0.3
+    slack_s: float = 0.25
+    silence_db: float = -70.0
+    still_motion: float = 0.02
+    decoder_threads: int = 1
+    memory_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_clip_s <= self.max_clip_s:
+            raise ValueError(f"min_clip_s is {self.min_clip_s}; give more than 0 and at most max_clip_s ({self.max_clip_s})")
+        if self.slack_s < 0 or self.decoder_threads < 0:
+            raise ValueError(f"slack_s is {self.slack_s} and decoder_threads {self.decoder_threads}; give 0 or more")
+        if self.memory_mb < 256:
+            raise ValueError(f"memory_mb is {self.memory_mb}; no decoder does with less than 256")
+
+
+class Cut:
+    """Frame i shows what the source shows at start + i/fps; sample j sounds at start + j/rate."""
+
+    def __init__(self, request: ClipRequest, start_s: Fraction, end_s: Fraction, aspect: Fraction, profile: Profile,
+                 limits: Limits, path: Path) -> None:  # fmt: skip
+        self.request, self.profile, self.limits = request, profile, limits
+        self.start_s = start_s
+        # of the whole source, no frame more than it has; of a named interval, the nearest count
+        count = (end_s - start_s) * profile.fps
+        self.n_frames = math.floor(count) if request.end_s is None else round(count)
+        self.end_s = start_s + Fraction(self.n_frames, profile.fps)
+        rate = sound_rate(profile)
+        self.first_sample = round(start_s * rate)
+        self.sound = np.zeros(round(Fraction(self.n_frames, profile.fps) * rate), np.float32)
+        self.heard = np.zeros(len(self.sound), bool)
+        self.held: Picture | None = None
+        self.shown_s = start_s  # how far the pictures reach
+        self.holes: list[tuple[Fraction, Fraction]] = []  # without a picture for longer than the slack
+        self.sound_done = False
+        self.trouble: dict[bool, Trouble] = {}
+        self.writer = VideoWriter(path, aspect, profile)
+
+    def too_short(self, source_s: Fraction | None) -> IngestFailure | None:
+        """Why it is no use to begin, as far as can be known from the source's declared duration."""
+        seconds = float(self.end_s - self.start_s)
+        if seconds >= self.limits.min_clip_s:
+            if source_s is None or self.start_s <= source_s + 1:
+                return None
+            return IngestFailure(Cause.TOO_SHORT, f"the source video ends at {float(source_s):.2f} s, before the clip begins")
+        return IngestFailure(Cause.TOO_SHORT, f"only {max(seconds, 0):.2f} s, less than {self.limits.min_clip_s:g} s")
+
+    @property
+    def done(self) -> bool:
+        """Nothing that is still to be decoded can belong to this clip."""
+        return self.sound_done and self.writer.n_frames == self.n_frames
+
+    def take(self, moment: Picture | Samples | Trouble) -> None:
+        """Raises IngestFailure (desync) when a clock of the source jumps back within this clip."""
+        if isinstance(moment, Picture):
+            self._see(moment)
+        elif isinstance(moment, Samples):
+            self._hear(moment)
+        else:
+            if moment.cause is Cause.DESYNC and (self.held is not None or self.heard.any()):
+                raise IngestFailure(moment.cause, moment.detail)
+            self.trouble.setdefault(moment.picture, moment)
+
+    def _hear(self, samples: Samples) -> None:
+        at = samples.first - self.first_sample
+        begin, end = max(at, 0), min(at + len(samples.data), len(self.sound))
+        if begin < end:
+            self.sound[begin:end] = samples.data[begin - at : end - at]
+            self.heard[begin:end] = True
+        self.sound_done |= at + len(samples.data) >= len(self.sound)
+
+    def _see(self, picture: Picture) -> None:
+        missing = min(picture.time_s, self.end_s) - max(self.shown_s, self.start_s)
+        if self.held is None and missing > self.limits.slack_s:
+            raise self._short(True, f"has no picture in the first {float(missing):.2f} s of the clip")
+        if missing > self.limits.slack_s:
+            self.holes.append((self.shown_s, picture.time_s))
+        self.shown_s = picture.time_s + picture.duration_s
+        # each instant of the grid shows the picture nearest to it, but none appears more than half a frame early
+        early_s = Fraction(1, 2 * self.profile.fps)
+        if self.held is not None:
+            early_s = min(early_s, (picture.time_s - self.held.time_s) / 2)
+        slot = math.ceil((picture.time_s - early_s - self.start_s) * self.profile.fps)
+        if slot > 0:
+            self._show((self.held or picture).frame, min(slot, self.n_frames))
+        self.held = picture
+
+    def _show(self, frame: VideoFrame, until: int) -> None:
+        self.writer.write(frame, until - self.writer.n_frames)
+
+    def finish(self) -> Clip:
+        """The clip, verified. Raises IngestFailure."""
+        try:
+            self._check_picture()
+            self._check_sound()
+            assert self.held is not None
+            self._show(self.held.frame, self.n_frames)
+            return self._clip(self.writer.close())
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        self.writer.abandon()
+
+    def _check_picture(self) -> None:
+        if self.held is None:
+            raise self._short(True, "has no picture in the interval")
+        shown_s = max(self.shown_s, self.held.time_s + Fraction(1, self.profile.fps))
+        if (missing := self.end_s - shown_s) > self.limits.slack_s:
+            raise self._short(True, f"has no picture in the last {float(missing):.2f} s of the clip")
+        if self.holes and True in self.trouble:
+            raise self._short(True, "")
+
+    def _check_sound(self) -> None:
+        at = np.flatnonzero(self.heard)
+        if not len(at):
+            raise self._short(False, "has no sound in the interval")
+        rate = sound_rate(self.profile)
+        for missing, where in ((at[0], "first"), (len(self.heard) - 1 - at[-1], "last")):
+            if missing / rate > self.limits.slack_s:
+                raise self._short(False, f"has no sound in the {where} {missing / rate:.2f} s of the clip")
+        for begin_s, end_s in self.holes:
+            begin, end = (max(round(at_s * rate) - self.first_sample, 0) for at_s in (begin_s, end_s))
+            if np.count_nonzero(~self.heard[begin:end]) / rate > self.limits.slack_s:
+                raise IngestFailure(
+                    Cause.UNDECODABLE, f"the source video has a hole at {float(begin_s):.2f} s, in picture and sound"
+                )
+        # a picture that stays and sound that pauses are no fault where everything decodes
+        if np.diff(at).max(initial=0) / rate > self.limits.slack_s and False in self.trouble:
+            raise self._short(False, "")
+
+    def _short(self, picture: bool, detail: str) -> IngestFailure:
+        """What is missing and, if something did not decode, why."""
+        trouble = self.trouble.get(picture)
+        if trouble is not None:
+            return IngestFailure(trouble.cause, trouble.detail)
+        return IngestFailure(Cause.TOO_SHORT, f"the source video {detail}")
+
+    def _clip(self, video: bytes) -> Clip:
+        audio = encode_audio(self.sound, self.profile)
+        keyframes = check_video(video, self.n_frames, self.profile.fps)
+        check_audio(audio, len(self.sound))
+        loudness = loudness_db(self.sound)
+        check_worth(loudness, self.writer.motion, self.limits.silence_db, self.limits.still_motion)
+        width, height = self.writer.size
+        request, profile = self.request, self.profile
+        facts = Facts(
+            source=request.source,
+            start_s=float(self.start_s),
+            end_s=float(self.end_s),
+            duration_s=self.n_frames / profile.fps,
+            n_frames=self.n_frames,
+            fps=float(profile.fps),
+            width=width,
+            height=height,
+            keyframes=keyframes,
+            loudness_db=round(loudness, 2),
+            motion=round(self.writer.motion, 4),
+            labels=request.labels,
+            split=request.split,
+        )
+        return Clip(request.key, facts, {profile.video_member: video, profile.audio_member: audio})

@@ -1,0 +1,105 @@
+"""Finished clips of one source video, at rest until they are put into shards: one plain tar a source video."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from cmacc.shards.clip import Clip, Facts
+
+
+class StagedWriter:
+    """Writes `<source>.tar` in the scratch folder; it appears complete, by rename, on `commit`, and not at all otherwise.
+
+    A tar that is there already is not lost: its clips go into the new one first, but for those that are written anew.
+    """
+
+    def __init__(self, staging: Path, source: str, scratch: Path) -> None:
+        self.path = staged_path(staging, source)
+        self.aside = scratch / "staged.tar"
+        self.file = self.aside.open("wb")
+        self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.keys: set[str] = set()
+
+    def add(self, clip: Clip) -> int:
+        """Returns the clip's bytes."""
+        members = {**clip.members, "json": json.dumps(asdict(clip.facts)).encode()}
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{clip.key}.{extension}")
+            info.size = len(data)
+            self.tar.addfile(info, io.BytesIO(data))
+        self.keys.add(clip.key)
+        return sum(map(len, members.values()))
+
+    def commit(self) -> None:
+        """Make the tar appear. Without a clip there is none."""
+        if not self.keys:
+            return
+        for clip in read_staged(self.path) if self.path.exists() else ():
+            if clip.key not in self.keys:
+                self.add(clip)
+        self.tar.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.aside.replace(self.path)
+
+    def __enter__(self) -> StagedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+
+
+@contextmanager
+def scratch_folder(staging: Path, source: str) -> Iterator[Path]:
+    """A folder for what is made on the way to one source video's clips; what a killed process left there goes first."""
+    clear_scratch(staging, source)
+    folder = staging / f"{source}.work"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        clear_scratch(staging, source)
+
+
+def clear_scratch(staging: Path, source: str) -> None:
+    shutil.rmtree(staging / f"{source}.work", ignore_errors=True)
+
+
+def staged_path(staging: Path, source: str) -> Path:
+    return staging / f"{source}.tar"
+
+
+def staged_keys(path: Path) -> set[str]:
+    """Keys of the clips in a staged tar; empty when there is none, or when it is not readable."""
+    try:
+        with tarfile.open(path) as tar:
+            return {name.removesuffix(".json") for name in tar.getnames() if name.endswith(".json")}
+    except (OSError, tarfile.TarError):
+        return set()
+
+
+def read_staged(path: Path) -> Iterator[Clip]:
+    """The clips of a staged tar, one at a time. Raises OSError or tarfile.TarError if it is damaged."""
+    members: dict[str, bytes] = {}
+    with tarfile.open(path) as tar:
+        for info in tar:
+            key, _, extension = info.name.rpartition(".")
+            file = tar.extractfile(info)
+            assert file is not None
+            if extension != "json":
+                members[extension] = file.read()
+                continue
+            facts = json.loads(file.read())
+            lists = {field: tuple(facts[field]) for field in ("keyframes", "labels")}
+            yield Clip(key, Facts(**{**facts, **lists}), members)
+            members = {}
