@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,14 @@ def ingest(
         for manifest in lists:
             ledger.add(manifest)
         packer = Packer(ledger, home)
-        with DatasetWriter(home, kind, shard_bytes=shard_mb << 20, on_commit=packer.committed) as writer:
+        # Names without folders: the same clips give the same bytes, wherever their lists lie.
+        made_by = {
+            "manifests": [Path(m.name).name for m in lists],
+            "versions": {n: version(n) for n in ("cmacc", "av", "yt-dlp")},
+        }
+        with DatasetWriter(
+            home, kind, shard_bytes=shard_mb << 20, provenance={"ingest": made_by}, on_commit=packer.committed
+        ) as writer:
             packer.settle(writer.keys)
             videos = ledger.pending(causes)
             counts = ledger.counts()

@@ -104,7 +104,8 @@ class Source:
         """Decode from here on: pictures in order of display, sound at `rate` Hz, and what went wrong, as they come."""
         pictures, sound = _Pictures(self), _Sounds(self, rate)
         for packet in self._packets():
-            if packet.stream_index == self.video.index:
+            # not packet.stream_index: a packet that flushes a decoder has 0 there, whichever stream it is of
+            if packet.stream.index == self.video.index:
                 yield from pictures.feed(packet)
             else:
                 yield from sound.feed(packet)

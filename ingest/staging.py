@@ -43,7 +43,7 @@ class StagedWriter:
         """Make the tar appear. Without a clip there is none."""
         if not self.keys:
             return
-        for clip in read_staged(self.path) if self.path.exists() else ():
+        for clip in read_staged(self.path) if staged_keys(self.path) else ():
             if clip.key not in self.keys:
                 self.add(clip)
         self.tar.close()
@@ -82,7 +82,7 @@ def staged_path(staging: Path, source: str) -> Path:
 def staged_keys(path: Path) -> set[str]:
     """Keys of the clips in a staged tar; empty when there is none, or when it is not readable."""
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             return {name.removesuffix(".json") for name in tar.getnames() if name.endswith(".json")}
     except (OSError, tarfile.TarError):
         return set()
@@ -91,7 +91,7 @@ def staged_keys(path: Path) -> set[str]:
 def read_staged(path: Path) -> Iterator[Clip]:
     """The clips of a staged tar, one at a time. Raises OSError or tarfile.TarError if it is damaged."""
     members: dict[str, bytes] = {}
-    with tarfile.open(path) as tar:
+    with tarfile.open(path, "r:") as tar:
         for info in tar:
             key, _, extension = info.name.rpartition(".")
             file = tar.extractfile(info)

@@ -197,7 +197,7 @@ def test_a_list_that_is_none_is_one_sentence(tmp_path: Path) -> None:
             read_manifest(source)
     with pytest.raises(ValueError, match="use one of"):
         read_manifest(tmp_path, format="excel")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="{id}"):
+    with pytest.raises(ValueError, match="write where the video id goes"):
         read_manifest(tmp_path, url_template="http://host/")
 
 

@@ -70,7 +70,7 @@ def _backdrop(rng: np.random.Generator, width: int, height: int) -> Ink:
 def _grain(rng: np.random.Generator, shape: tuple[int, ...]) -> Ink:
     """Moving grain of RMS 1, (T, H, W), of a random coarseness, so that its share of the bytes does not show in re-encoding."""
     grain = rng.standard_normal(shape, np.float32)
-    blend = np.float32(rng.uniform(0, 1))
+    blend = np.float32(rng.uniform(-0.6, 1))
     for axis in (1, 2):
         grain = grain + blend * np.roll(grain, 1, axis)
     return grain / (1 + blend * blend)
