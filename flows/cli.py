@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +40,8 @@ def _set_up(
 
 def main() -> None:
     """Entry point: a refusal is one sentence on the error stream and exit status 1."""
+    # SIGTERM must run what cleans up: children of an ingest, a temporary Prefect server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except KeyboardInterrupt:
@@ -58,6 +62,11 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, FloatingPointError, IngestFailure, DatasetError)):
         return True
     return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
+
+
+def _call(flow: Any, *arguments: Any, **options: Any) -> Any:
+    """Run a flow: tracked by the server that PREFECT_API_URL names, or as the plain function it is, with no server at all."""
+    return (flow if os.environ.get("PREFECT_API_URL") else flow.fn)(*arguments, **options)
 
 
 def _escape(text: str) -> str:
@@ -81,7 +90,7 @@ def sample_world(
     eval_clips: Annotated[int, typer.Option(help="Held-out clips.")] = 240,
     clip_s: Annotated[float, typer.Option(help="Seconds a clip.")] = 2.0,
     imbalance: Annotated[float, typer.Option(help="Zipf exponent of the training classes' frequencies; 0 is equal.")] = 0.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
     serve: Annotated[bool, typer.Option(help="Then serve the files on 127.0.0.1 until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Port to serve on; 0 takes a free one.")] = 0,
@@ -151,7 +160,7 @@ def ingest(
         "pause_s": pause,
         "timeout_s": timeout,
     }
-    counts = flow(manifests, str(out), **options)
+    counts = _call(flow, manifests, str(out), **options)
     _table(
         f"ingest: {out}",
         {**{k: v for k, v in counts.items() if k != "causes"}, **{f"failed: {k}": v for k, v in counts["causes"].items()}},
@@ -176,7 +185,7 @@ def reshard(
     from cmacc.flows.reshard import reshard as flow
 
     kept = members.split(",") if members else None
-    done = flow(sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
+    done = _call(flow, sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
     _table(f"reshard: {out}", done)
 
 
@@ -243,7 +252,7 @@ def pretrain(
     """Pretrain with CM-ACC. The same command continues a run, with the very next clip."""
     from cmacc.flows.pretrain import pretrain as flow
 
-    numbers = flow(data, str(out), recipe_name=recipe, options=_options(options))
+    numbers = _call(flow, data, str(out), recipe_name=recipe, options=_options(options))
     _table(f"pretrain: {out}", numbers)
     out_console.print(f"picture: {out / 'picture.png'}", highlight=False)
 
@@ -261,7 +270,8 @@ def evaluate(
     """Score trained encoders: cross-modal retrieval, and a linear probe on labelled sounds."""
     from cmacc.flows.evaluate import evaluate as flow
 
-    scores = flow(
+    scores = _call(
+        flow,
         str(model),
         data=data,
         split=split,
@@ -324,10 +334,14 @@ def run(
 @app.command(epilog="Example: [bold]cmacc demo runs/demo[/bold]")
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path("runs/demo"),
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the world and of the run.")] = 0,
+    clips: Annotated[int, typer.Option(help="Training clips.")] = 1000,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips.")] = 240,
     options: Annotated[list[str] | None, typer.Option("--set", help="name=value of the training recipe.")] = None,
 ) -> None:
     """The main job, whole: render the sample world, serve it, ingest it through yt-dlp, pretrain, evaluate."""
     from cmacc.flows.demo import demo as run_demo
+    from cmacc.ingest.world import WorldConfig
 
-    run_demo(out, seed, _options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))
+    config = WorldConfig(clips=clips, eval_clips=eval_clips, seed=seed)
+    run_demo(out, config, _options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))

@@ -11,6 +11,7 @@ from typing import Any
 from cmacc.flows.evaluate import evaluate
 from cmacc.flows.ingest import ingest
 from cmacc.flows.pretrain import pretrain
+from cmacc.flows.progress import progress
 from cmacc.ingest.world import WorldConfig, render_world, serve
 
 Say = Callable[[str], None]
@@ -18,13 +19,17 @@ PICTURES: dict[str, Any] = {"profile_name": "h264", "short_side": 72, "fps": 16,
 """The demo looks at pictures of 56 pixels: smaller ones at rest decode faster."""
 
 
-def demo(out: Path, seed: int, options: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Everything goes into `out`: `world/`, `data/`, and the run itself. Running it again continues. Returns the scores."""
+def demo(out: Path, config: WorldConfig, options: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Everything goes into `out`: `world/`, `data/`, and the run itself. Running it again continues. Returns the scores.
+
+    config: of the world; its seed is the run's too. options: changes to the recipe `small` by dotted name.
+    """
     began = time.monotonic()
     cores = os.cpu_count() or 1
 
     say("[bold]1/4[/bold] rendering the sample world")
-    world = render_world(out / "world", WorldConfig(seed=seed), workers=cores)
+    with progress("sample-world", total=0) as tell:
+        world = render_world(out / "world", config, cores, on_progress=lambda done, files: tell(done, "files", files))
     say(f"[bold]2/4[/bold] ingesting {world.clips} clips of {world.files} videos, through yt-dlp from 127.0.0.1")
     with serve(world.root) as url:
         counts = ingest(
@@ -37,7 +42,7 @@ def demo(out: Path, seed: int, options: dict[str, Any], say: Say) -> dict[str, A
         )
     say(f"    {counts['done']} of {counts['rows']} clips are in {out / 'data'} after {time.monotonic() - began:.0f} s")
     say("[bold]3/4[/bold] pretraining with active selection")
-    numbers = pretrain(str(out / "data"), str(out), recipe_name="small", options={"seed": seed, **options})
+    numbers = pretrain(str(out / "data"), str(out), recipe_name="small", options={"seed": config.seed, **options})
     say("[bold]4/4[/bold] evaluating on held-out clips")
     scores = evaluate(str(out), data=str(out / "data"))
     say(summary(out, scores["retrieval"], numbers, time.monotonic() - began))
@@ -54,7 +59,8 @@ def summary(out: Path, found: dict[str, Any], numbers: dict[str, Any], seconds: 
         f"    picture      {out / 'picture.png'}",
         f"retrieval among {found['clips']} held-out clips, mean of both directions:",
         *(f"    {name:<38} {found[key]:.3f}   chance {found[f'chance_{key}']:.3f}" for name, key in _SHOWN),
-        f"pretraining: {numbers['speed/clips_per_s']:.1f} clips/s, {numbers['speed/waiting']:.1%} of the time spent waiting for data",
+        f"pretraining: {numbers['speed/clips_per_s']:.1f} clips/s, "
+        f"{numbers['speed/waiting']:.1%} of the time spent waiting for data",
     ]
     return "\n".join(lines)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 
+from cmacc.flows.progress import table
 from cmacc.shards.dataset import Dataset
 from cmacc.train.loader import LoaderConfig
 from cmacc.train.probe import linear_probe, read_labelled_sounds, sound_features
@@ -38,10 +38,10 @@ def evaluate(
     scores: dict[str, Any] = {"model": model, "step": trained.step}
     if data:
         dataset = Dataset.open(data)
-        rows = held_out_rows(dataset, split, clips)
-        if len(rows) < 2:
-            raise ValueError(f"split {split!r} of {data} has {len(rows)} clip; retrieval needs 2 or more")
-        found = embed(dataset, rows, trained.view, loader, trained.video, trained.audio)
+        held_out = held_out_rows(dataset, split, clips)
+        if len(held_out) < 2:
+            raise ValueError(f"split {split!r} of {data} has {len(held_out)} clip; retrieval needs 2 or more")
+        found = embed(dataset, held_out, trained.view, loader, trained.video, trained.audio)
         scores["retrieval"] = {"data": data, "split": split, "clips": len(found.ids), **retrieval(found)}
     if sounds:
         labelled = read_labelled_sounds(Path(sounds))
@@ -53,8 +53,8 @@ def evaluate(
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(scores, indent=2) + "\n")
-    table = [
+    rows = [
         {"score": f"{kind}/{k}", "value": v} for kind in ("retrieval", "linear_probe") for k, v in scores.get(kind, {}).items()
     ]
-    create_table_artifact(key="evaluate-scores", table=table)
+    table("evaluate-scores", rows)
     return scores

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from cmacc.flows.pack import Packer
-from cmacc.flows.progress import progress
+from cmacc.flows.progress import progress, table, under_prefect
 from cmacc.ingest import Cause, FetchOptions, Ledger, Limits, Outcome, SourceVideo, read_manifest, stop_all, work
 from cmacc.ingest.manifest import Format
 from cmacc.shards.dataset import Dataset
@@ -124,18 +123,16 @@ def _outcomes(
     """Outcomes, group by group, in the order of the manifests, so that shards do not depend on who is done first."""
     size = max(1, min(VIDEOS_A_TASK, -(-len(videos) // (4 * workers))))
     groups = deque((i, videos[i : i + size]) for i in range(0, len(videos), size))
-    waiting: deque[PrefectFuture[list[Outcome]]] = deque()
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
+    settings: Any = {"kind": kind, "staging": staging, "options": options, "limits": limits, "timeout_s": timeout_s}
+    waiting: deque[Any] = deque()
+    pool: Any = ThreadPoolTaskRunner(max_workers=workers) if under_prefect() else ThreadPoolExecutor(workers)
     try:
-        with runner:
+        with pool:
             while groups or waiting:
                 while groups and len(waiting) < 2 * workers:
                     first, group = groups.popleft()
-                    parameters = {
-                        "first": first, "videos": group, "kind": kind, "staging": staging, "options": options,
-                        "limits": limits, "timeout_s": timeout_s,
-                    }  # fmt: skip
-                    waiting.append(runner.submit(work_on, parameters))
+                    job = {"first": first, "videos": group, **settings}
+                    waiting.append(pool.submit(work_on, job) if under_prefect() else pool.submit(work_on.fn, **job))
                 yield waiting.popleft().result()
     finally:
         stop_all()
@@ -165,4 +162,4 @@ def _report(summary: dict[str, Any]) -> None:
         *((state, summary[state]) for state in ("rows", "done", "pending", "bad_rows")),
         *((f"failed: {cause}", n) for cause, n in summary["causes"].items()),
     ]
-    create_table_artifact(key="ingest-counts", table=[{"state": s, "clips": n} for s, n in rows])
+    table("ingest-counts", [{"state": s, "clips": n} for s, n in rows])

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 
-from cmacc.flows.progress import progress
+from cmacc.flows.progress import progress, table
 from cmacc.train.config import change, recipe
 from cmacc.train.picture import draw_run
 from cmacc.train.pretrain import final_numbers
@@ -39,5 +38,5 @@ def pretrain(data: str, out: str, recipe_name: str = "small", options: dict[str,
         train_loop(data, Path(out), config, report)
     numbers = final_numbers(Path(out))
     log.info("picture: %s", draw_run(Path(out)))
-    create_table_artifact(key="pretrain-numbers", table=[{"number": k, "value": v} for k, v in numbers.items()])
+    table("pretrain-numbers", [{"number": k, "value": v} for k, v in numbers.items()])
     return numbers

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -49,8 +49,19 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Tell]:
         yield tell
 
 
+def under_prefect() -> bool:
+    """Whether a flow run is being tracked. The `cmacc` command calls the flows' plain functions when there is no server."""
+    return FlowRunContext.get() is not None
+
+
+def table(key: str, rows: list[dict[str, Any]]) -> None:
+    """Prefect's table artifact, where there is a flow run to show it."""
+    if under_prefect():
+        create_table_artifact(key=key, table=rows)
+
+
 def _artifact(what: str, total: int, done: int) -> UUID | None:
-    if FlowRunContext.get() is None:
+    if not under_prefect():
         return None
     with suppress(Exception):
         found = create_progress_artifact(progress=100.0 * done / max(total, 1), key=f"{what}-progress", description=what)

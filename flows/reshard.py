@@ -6,9 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 
-from cmacc.flows.progress import progress
+from cmacc.flows.progress import progress, table
 from cmacc.shards.reshard import reshard as copy_clips
 
 
@@ -38,5 +37,5 @@ def reshard(
             sources, out, where=where, order=order, shard_bytes=shard_mb << 20, limit=limit, split=split, members=members,
             on_commit=committed,
         )  # fmt: skip
-    create_table_artifact(key="reshard-counts", table=[asdict(done)])
+    table("reshard-counts", [asdict(done)])
     return asdict(done)

@@ -31,6 +31,7 @@ _PLAYLISTS = {"hls", "dash", "concat", "imf"}
 _CLOCKLESS = {"avi"}  # packets carry a frame number, which names neither a time of sound nor the order of display
 _EXACT_SEEK = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _JITTER_S = Fraction(3, 100)
+_STRAGGLERS = 17  # after damage a decoder lets go of 16 older frames at most; more in a row, and the clock itself went back
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class _Pictures:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.last: Fraction | None = None
+        self.late = 0
 
     def feed(self, packet: Packet) -> Iterator[Picture | Trouble]:
         try:
@@ -179,11 +181,11 @@ class _Pictures:
                 continue
             time_s = stamp * frame.time_base - self.source.origin
             if self.last is not None and time_s <= self.last:
-                if self.last - time_s > 1:
-                    yield Trouble(True, Cause.DESYNC, f"the picture's clock jumps back by {float(self.last - time_s):.1f} s")
-                    self.last = time_s
-                continue
-            self.last = time_s
+                self.late += 1
+                if self.late < _STRAGGLERS:
+                    continue
+                yield Trouble(True, Cause.DESYNC, f"the picture's clock jumps back by {float(self.last - time_s):.1f} s")
+            self.last, self.late = time_s, 0
             yield Picture(time_s, (frame.duration or 0) * frame.time_base, frame)
 
 

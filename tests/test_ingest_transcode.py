@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,6 +17,8 @@ import pytest
 from test_ingest_media import clapper, clicks, ffmpeg, flashes, samples, truth
 
 from cmacc.ingest import Cause, ClipRequest, IngestFailure, Limits, transcode
+from cmacc.ingest.cut import Cut
+from cmacc.ingest.source import Picture, _Sounds
 from cmacc.shards.clip import Clip
 from cmacc.shards.profile import PROFILES, Profile, profile
 
@@ -136,15 +141,29 @@ def test_an_edit_list_is_obeyed(tmp_path: Path) -> None:
     assert np.allclose(clicks(clip.members["flac"]), [0.14, 1.66], atol=0.01)
 
 
-@pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "avi"])
-def test_far_apart_clips_of_a_long_source(tmp_path: Path, container: str) -> None:
-    path = clapper(
-        tmp_path / f"a.{container}", seconds=64, fps=10, claps=(3.0, 31.0, 32.5, 60.0), size=(32, 32), gop=70, rate=32000
-    )
+@pytest.mark.parametrize("order", ["va", "av"])
+def test_the_last_frame_is_not_lost_in_the_decoder(tmp_path: Path, order: str) -> None:
+    path = tmp_path / "b.mp4"
+    streams = [word for kind in order for word in ("-map", f"0:{kind}")]
+    ffmpeg("-i", clapper(tmp_path / "a.mp4", claps=(3.96,)), *streams, "-c:a", "copy", "-c:v", "libx264", "-bf", 3, path)
+    for clip in cut(path, (2.0, 4.0), (2.0, None)):
+        assert_claps(clip, path)
+        assert clip.facts.end_s == pytest.approx(4.0, abs=0.001)
+
+
+@pytest.mark.parametrize(("container", "gop"), [("mp4", 70), ("mkv", 70), ("ts", 70), ("ts", 300), ("avi", 70)])
+def test_far_apart_clips_of_a_long_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, gop: int) -> None:
+    decoded = []
+    take = Cut.take
+    monkeypatch.setattr(Cut, "take", lambda self, moment: (decoded.append(isinstance(moment, Picture)), take(self, moment))[1])
+    path = tmp_path / f"a.{container}"
+    clapper(path, seconds=64, fps=10, claps=(3.0, 31.0, 32.5, 60.0), size=(32, 32), gop=gop, rate=32000)
     first, second, third = cut(path, (2.0, 5.0), (30.5, 33.0), (59.0, 62.0))
     for clip, number in ((first, 1), (second, 2), (third, 1)):
         assert_claps(clip, path)
         assert len(flashes(clip.members["mp4"])) == number
+    if container in ("mp4", "mkv"):
+        assert sum(decoded) < 250, "what no clip wants is jumped over: 640 frames are in the source"
 
 
 def test_rotation_is_applied(tmp_path: Path) -> None:
@@ -183,6 +202,15 @@ def test_ten_bits_full_range_and_other_samplings_become_plain(tmp_path: Path) ->
         assert frames[0].format.name == "yuv420p"
         white = max(float(f.to_ndarray()[:64].mean()) for f in frames)
         assert 225 < white < 240, "white is 235 in limited range"
+
+
+def test_full_range_is_read_from_the_tag(tmp_path: Path) -> None:
+    coding = ("-vf", "scale=out_range=full", "-pix_fmt", "yuv420p", "-color_range", "pc", "-c:v", "libvpx-vp9", "-cpu-used", 8)
+    ffmpeg("-i", clapper(tmp_path / "a.mkv"), *coding, "-deadline", "realtime", "-c:a", "copy", tmp_path / "b.mkv")
+    (clip,) = cut(tmp_path / "b.mkv", (0.9, 2.0))
+    with av.open(io.BytesIO(clip.members["mp4"])) as container:
+        white = max(float(f.to_ndarray()[:64].mean()) for f in container.decode(video=0))
+    assert 225 < white < 240
 
 
 @pytest.mark.parametrize("name", [*PROFILES, "opus"])
@@ -280,7 +308,7 @@ def test_a_still_picture_with_the_noise_of_its_encoding_is_still(tmp_path: Path)
 def test_damage_costs_only_the_clips_it_lies_in(tmp_path: Path, lost: bool) -> None:
     path = clapper(tmp_path / "a.ts", seconds=12, claps=(1.0, 10.0), size=(192, 128))
     data = bytearray(path.read_bytes())
-    begin, end = len(data) * 4 // 10, len(data) * 6 // 10
+    begin, end = len(data) * 35 // 100, len(data) * 70 // 100
     data[begin:end] = bytes(end - begin) if lost else np.random.default_rng(0).bytes(end - begin)
     path.write_bytes(data)
     outcomes = dict(
@@ -292,6 +320,33 @@ def test_damage_costs_only_the_clips_it_lies_in(tmp_path: Path, lost: bool) -> N
     assert np.allclose(flashes(outcomes["c"].members["mp4"]), clicks(outcomes["c"].members["flac"]), atol=0.04)
     assert isinstance(outcomes["b"], IngestFailure)
     assert outcomes["b"].cause is Cause.UNDECODABLE
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_packets_that_do_not_decode_and_packets_that_are_not_there(tmp_path: Path, kind: str) -> None:
+    def rewrite(name: str, change: Callable[[av.Packet], av.Packet | None]) -> Path:
+        with av.open(str(path)) as source, av.open(str(tmp_path / name), "w") as out:
+            streams = {s.index: out.add_stream_from_template(s) for s in source.streams}
+            for packet in source.demux():
+                inside = packet.stream.type == kind and packet.pts is not None and 1.6 < packet.pts * packet.time_base < 2.4
+                kept = change(packet) if inside else packet
+                if kept is not None and kept.size:
+                    kept.stream = streams[packet.stream_index]
+                    out.mux(kept)
+        return tmp_path / name
+
+    def garble(packet: av.Packet) -> av.Packet:
+        spoilt = av.Packet(b"\xff" * packet.size)
+        spoilt.pts, spoilt.dts, spoilt.time_base = packet.pts, packet.dts, packet.time_base
+        return spoilt
+
+    path = clapper(tmp_path / "a.mkv", codecs=("mpeg4", "ac3"), gop=1, claps=(1.0, 3.0))
+    garbled = rewrite("garbled.mkv", garble)
+    assert cause(garbled, 0.5, 3.5) is Cause.UNDECODABLE
+    cut(garbled, (0.0, 1.2), (2.6, 3.6))
+    # what is left out is a picture that stays, or a pause of the sound
+    (clip,) = cut(rewrite("left_out.mkv", lambda _: None), (0.5, 3.5))
+    assert_claps(clip, path)
 
 
 def test_a_clock_that_jumps_back_is_a_desync(tmp_path: Path) -> None:
@@ -314,6 +369,28 @@ def test_sound_of_any_layout_and_rate(tmp_path: Path) -> None:
     for number, (channels, rate) in enumerate((("mono", 8000), ("5.1", 48000), ("stereo", 96000))):
         path = clapper(tmp_path / f"{number}.mkv", channels=channels, rate=rate, codecs=("libx264", "flac"))
         assert_claps(cut(path, (0.5, 3.5))[0], path)
+
+
+def test_the_first_stamp_places_the_sound_before_it() -> None:
+    class Frames:
+        """A packet that decodes to these frames, of 0.1 s each."""
+
+        def __init__(self, *stamps: int | None) -> None:
+            self.stamps = stamps
+
+        def decode(self) -> list[av.AudioFrame]:
+            frames = [av.AudioFrame.from_ndarray(np.full((1, 800), 0.5, np.float32), "fltp", "mono") for _ in self.stamps]
+            for frame, stamp in zip(frames, self.stamps, strict=True):
+                frame.sample_rate, frame.time_base, frame.pts = 8000, Fraction(1, 8000), stamp
+            return frames
+
+    sounds = _Sounds(SimpleNamespace(origin=Fraction(0), clockless=False), rate=16000)  # type: ignore[arg-type]
+    packets = [Frames(None, None), Frames(4000), Frames(None, 5600), Frames(None)]
+    heard = [*(piece for packet in packets for piece in sounds.feed(packet)), *sounds.flush()]  # type: ignore[arg-type]
+    assert heard[0].first == (4000 - 1600) * 2
+    for before, after in pairwise(heard):
+        assert after.first == before.first + len(before.data)
+    assert abs(sum(len(piece.data) for piece in heard) - 6 * 1600) < 40
 
 
 def test_a_long_source_is_not_held_in_memory(tmp_path: Path) -> None:

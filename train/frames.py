@@ -56,10 +56,3 @@ def _intra_frames(
     for packet in container.demux(stream):
         if packet.pts is not None and round((packet.pts - origin) / per_frame) in wanted:
             yield from packet.decode()
-
-
-def check_sound(audio: bytes) -> None:
-    """Decode a sound member to its end. Raises ValueError, or PyAV's error, when it does not decode or holds nothing."""
-    with av.open(io.BytesIO(audio), "r") as container:
-        if not sum(frame.samples for frame in container.decode(audio=0)):
-            raise ValueError("the sound member holds no samples")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 GradientForm = Literal["badge", "prototype"]
 GRADIENT_FORMS = ("badge", "prototype")
+ROUNDING = 8
+"""A squared distance below so many units in the last place of the two norms is 0. Measured: copies come to 5 at most."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class GradientFactors:
         return self.left.square().sum(1) * self.right.square().sum(1)
 
     def squared_distance(self, centre: Tensor, norms: Tensor) -> Tensor:
-        """|g_n - g_c|^2 = |g_n|^2 + |g_c|^2 - 2 (left_n . left_c)(right_n . right_c), clamped at 0, (N,).
+        """|g_n - g_c|^2 = |g_n|^2 + |g_c|^2 - 2 (left_n . left_c)(right_n . right_c), 0 where rounding is all it is, (N,).
 
         centre: index c, a 0-d tensor on the same device, so that nothing waits for the host. norms: `squared_norm()`.
         The expansion cancels badly in half precision: keep the factors in float32.
         """
         left, right = self.left.index_select(0, centre.view(1))[0], self.right.index_select(0, centre.view(1))[0]
         cross = (self.left @ left) * (self.right @ right)
-        return (norms + norms.index_select(0, centre.view(1)) - 2 * cross).clamp_min(0)
+        both = norms + norms.index_select(0, centre.view(1))
+        squared = both - 2 * cross
+        # Copies of the centre must get 0, not the last bits of two sums: D^2 sampling would choose among them by those.
+        return squared.where(squared > ROUNDING * torch.finfo(squared.dtype).eps * both, 0)
 
 
 def residuals(candidates: Tensor, queries: Tensor, pseudo_tau: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.order import epoch_order
-from cmacc.train.frames import check_sound, decode_frames
+from cmacc.train.frames import decode_frames
 from cmacc.train.graph import Graph
 from cmacc.train.views import View, ViewConfig, central_view, training_view
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 UNDECODABLE = (ValueError, av.error.FFmpegError, IndexError)
 """What a clip with bad content raises. An OSError is not among them: a source that fails is no reason to skip a clip."""
-_END = object()
 
 
 class BadClip(Exception):
@@ -129,35 +128,40 @@ class ViewReader:
             self._graph = self._graph or Graph(self.view, self.fps, self.config.batch, self.device, self.config.workers)
             pictures, mel = self._graph.run(video, audio, views)
         except RuntimeError as error:
-            # One bad sample fails a whole DALI batch and the pipeline with it: build a new one, and find the culprit.
+            # One bad sample fails a whole DALI batch and the pipeline with it: build a new one, and find the culprit, which
+            # DALI alone can name: it refuses sounds that FFmpeg forgives.
             self._graph = None
-            for row, sound in zip(rows, audio, strict=True):
-                self._probe(row, check_sound, sound.tobytes())
-            if self.device == "gpu":
-                for row, view, video_bytes in zip(rows, views, video, strict=True):
-                    self._probe(row, self._frames, video_bytes.tobytes(), view)
-            raise RuntimeError(f"DALI could not make a batch although each of its clips decodes: {error}") from error
+            alone = Graph(self.view, self.fps, 1, self.device, self.config.workers)
+            for row, frames, sound, view in zip(rows, video, audio, views, strict=True):
+                try:
+                    alone.run([frames], [sound], [view])
+                except RuntimeError as reason:
+                    raise BadClip(row, str(self.keys[row]), _dali_reason(reason)) from reason
+            raise RuntimeError(f"DALI could not make a batch although it makes each of its clips alone: {error}") from error
         index = torch.as_tensor(rows, dtype=torch.int64)
         return Batch(pictures, mel, index, self.sources[index], self.labels[index])
-
-    def _frames(self, video: bytes, view: View) -> np.ndarray:
-        return decode_frames(video, view.start_frame, self.view.frames, self.view.stride(self.fps))
 
     def _members(self, row: int, view: View) -> tuple[np.ndarray, np.ndarray]:
         profile = self.dataset.profile
         members = self.dataset.read(row, (profile.video_member, profile.audio_member))
         video, audio = members[profile.video_member], members[profile.audio_member]
-        frames = np.frombuffer(video, np.uint8) if self.device == "gpu" else self._probe(row, self._frames, video, view)
+        if self.device == "gpu":
+            frames = np.frombuffer(video, np.uint8)
+        else:
+            try:
+                frames = decode_frames(video, view.start_frame, self.view.frames, self.view.stride(self.fps))
+            except UNDECODABLE as error:
+                raise BadClip(row, str(self.keys[row]), error) from error
         return frames, np.frombuffer(audio, np.uint8)
-
-    def _probe(self, row: int, decode: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return decode(*args)
-        except UNDECODABLE as error:
-            raise BadClip(row, str(self.keys[row]), error) from error
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _dali_reason(error: RuntimeError) -> str:
+    """What DALI found, out of its account of where in the graph."""
+    text = str(error)
+    return (text.partition("encountered:")[2] or text).strip().partition("\n")[0]
 
 
 class TrainingLoader:
@@ -203,12 +207,16 @@ class TrainingLoader:
         return out
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from `position` on. `position` and `waited_s` (seconds spent waiting here) follow what is consumed."""
+        """Batches from `position` on. `position` and `waited_s` (seconds spent waiting here) follow what is consumed.
+
+        An iterator ends when `close` is called, or another one of the same loader begins: the reader is for one thread.
+        """
+        self._halt()
         ready: queue.Queue[Any] = queue.Queue(self.config.ahead)
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._produce, args=(ready, self.position), daemon=True, name="loader")
-        self._thread.start()
-        while True:
+        thread = threading.Thread(target=self._produce, args=(ready, self.position), daemon=True, name="loader")
+        self._thread = thread
+        thread.start()
+        while self._thread is thread:
             began = time.perf_counter()
             item = ready.get()
             self.waited_s += time.perf_counter() - began
@@ -256,14 +264,20 @@ class TrainingLoader:
                 return other
         raise ValueError(f"no clip of {self.dataset.url} decodes; run `cmacc lint {self.dataset.url}`")
 
+    def _halt(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread:
+            self._stop.set()
+            thread.join()
+            self._stop.clear()
+
     def close(self) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
+        self._halt()
         self.reader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        keys = sorted(str(self.reader.keys[row]) for row in self._bad)
+        # A copy in one go: the thread may find another bad clip meanwhile.
+        keys = sorted(str(self.reader.keys[row]) for row in tuple(self._bad))
         return {"position": self.position, "fingerprint": self.dataset.fingerprint, "replaced": keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

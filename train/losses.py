@@ -11,8 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossParts:
-    """One direction's loss. loss: scalar with gradient. accuracy: share of rows whose positive scores highest.
-    chance: mean over rows of ln(terms in the denominator), what a blind encoder scores. All nats or shares, scalars."""
+    """One direction's loss. loss: scalar with gradient. accuracy: share of rows whose positive scores highest, a tie
+    is no hit. chance: mean over rows of ln(terms in the denominator), what a blind encoder scores. All nats or shares,
+    scalars."""
 
     loss: Tensor
     accuracy: Tensor
@@ -35,9 +36,10 @@ def info_nce(
         matched = (query * positive).sum(1, keepdim=True)
         target = torch.zeros_like(rows)
     logits = torch.cat([matched, (query @ negatives.T).masked_fill(~allowed, -math.inf)], 1).float() / tau
+    scores = logits.detach()
     terms = matched.shape[1] + allowed.sum(1)
     return LossParts(
         loss=torch.nn.functional.cross_entropy(logits, target),
-        accuracy=(logits.detach().argmax(1) == target).float().mean(),
+        accuracy=((scores >= scores.gather(1, target[:, None])).sum(1) == 1).float().mean(),
         chance=terms.float().log().mean(),
     )

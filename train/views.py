@@ -6,6 +6,7 @@ All randomness is a pure function of (seed, epoch, key), so nothing has to be sa
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +44,20 @@ class ViewConfig:
         for name in ("frames", "size", "audio_rate", "n_fft", "hop", "n_mels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"view.{name} is {getattr(self, name)}; give 1 or more")
-        if not self.view_s > 0:
-            raise ValueError(f"view.view_s is {self.view_s}; give a number of seconds above 0")
+        for name in ("view_s", "mel_std_db"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"view.{name} is {getattr(self, name)}; give a number above 0")
         if self.mel_high_hz > self.audio_rate / 2:
             raise ValueError(f"view.mel_high_hz is {self.mel_high_hz}; give at most half of audio_rate ({self.audio_rate / 2})")
+        if not 0 <= self.mel_low_hz < self.mel_high_hz:
+            raise ValueError(f"view.mel_low_hz is {self.mel_low_hz}; give 0 or more, below mel_high_hz ({self.mel_high_hz})")
         if not 0 < self.crop_area <= 1:
             raise ValueError(f"view.crop_area is {self.crop_area}; give a share above 0 and up to 1")
+        for name in ("flip", "grey", "jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"view.{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if not 0 <= self.gain_db < math.inf:
+            raise ValueError(f"view.gain_db is {self.gain_db}; give 0 dB or more")
 
     def stride(self, fps: float) -> int:
         """Frames from one taken frame to the next, in a video of `fps` frames per second: a whole number, at least 1."""

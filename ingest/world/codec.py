@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cmacc.ingest.world.sound import RATE, Wave
 
-SOURCE_CRF = 20
+SOURCE_CRF = (17, 23)  # one a file: how far a clip shrinks when encoded anew then tells the upload's quality, not the class
 TRIAL_CRF = 23
 AUDIO_BIT_RATE = 64_000
 # x264's AVX-512 macroblock tree reads stale memory at some widths: the same frames then give other bytes now and then
@@ -57,7 +57,7 @@ def _s16(sound: Wave) -> NDArray[np.int16]:
     return np.clip(np.round(sound * 32767), -32768, 32767).astype(np.int16)[None]
 
 
-def write_mp4(path: Path, scenes: Iterable[tuple[NDArray[np.uint8], Wave]], fps: int) -> None:
+def write_mp4(path: Path, scenes: Iterable[tuple[NDArray[np.uint8], Wave]], fps: int, crf: int) -> None:
     """Write (frames, sound) pairs one after another as H.264 and AAC; every pair starts on a keyframe."""
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as out:
         audio = out.add_stream("aac", rate=RATE, layout="mono", options={"aac_coder": "fast"})
@@ -67,7 +67,7 @@ def write_mp4(path: Path, scenes: Iterable[tuple[NDArray[np.uint8], Wave]], fps:
         for frames, sound in scenes:
             if video is None:
                 video = out.add_stream("libx264", rate=fps)
-                _x264(video.codec_context, frames.shape[2], frames.shape[1] * 2 // 3, fps, SOURCE_CRF)
+                _x264(video.codec_context, frames.shape[2], frames.shape[1] * 2 // 3, fps, crf)
             for number, array in enumerate(frames):
                 picture = av.VideoFrame.from_ndarray(array, "yuv420p")
                 picture.pts, shown = shown, shown + 1

@@ -140,10 +140,12 @@ def _render_file(root: Path, work: Path, config: WorldConfig, file: _FilePlan) -
             yield scene.frames, scene.sound
 
     part = work / f"{file.id}.mp4"
-    codec.write_mp4(part, scenes(), config.fps)
+    quality = np.random.default_rng([config.seed, 2, file.clips[0][0]]).integers(*codec.SOURCE_CRF, endpoint=True)
+    codec.write_mp4(part, scenes(), config.fps, int(quality))
     record = {
         "id": file.id,
         "split": file.split,
+        "crf": int(quality),
         "bytes": part.stat().st_size,
         "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
         "clips": clips,

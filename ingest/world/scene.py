@@ -99,7 +99,7 @@ def _picture(
     at = ((np.arange(round(seconds * fps)) + 0.5) / fps).astype(np.float32)
     ink, look = _ink(label, cue, rng, at, width, height)
     means = np.array([rng.uniform(100, 155), rng.uniform(100, 156), rng.uniform(100, 156)])
-    contrast = rng.uniform(45, 80) * rng.choice([-1, 1])
+    contrast = rng.uniform(40, 72) * rng.choice([-1, 1])
     tints = rng.uniform(-28, 28, 2)
     base: Ink = _backdrop(rng, width, height) + np.float32(contrast) * ink
     small = ink[:, ::2, ::2]
@@ -144,7 +144,7 @@ def solve(
 
 def draw_video_target(rng: np.random.Generator) -> Amounts:
     """Mean bytes of a keyframe and of another frame, at 160x120, (2,)."""
-    return np.exp([rng.uniform(np.log(4200), np.log(8200)), rng.uniform(np.log(560), np.log(1350))])
+    return np.exp([rng.uniform(np.log(4200), np.log(8200)), rng.uniform(np.log(560), np.log(1450))])
 
 
 def _sound(label: str, cue: Cue, rng: np.random.Generator) -> tuple[Wave, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mimetypes
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet: the caller counts what it fetches."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up early, as a downloader probing a file does, is no error worth a traceback."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve(root: Path, port: int = 0) -> Iterator[str]:
     """Serve the files under `root` on 127.0.0.1 and yield the base URL; port 0 takes a free one."""
@@ -96,8 +106,7 @@ def serve(root: Path, port: int = 0) -> Iterator[str]:
         pass
 
     Handler.root = Path(root).resolve()
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -1,0 +1,62 @@
+"""What several test files share: an isolated Prefect, one small ingested world, the folder of real recordings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before Prefect is imported anywhere: no user's profile, server or telemetry may reach into the tests.
+os.environ.pop("PREFECT_API_URL", None)
+os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_LOGGING_LEVEL="ERROR")
+
+REPOSITORY = Path(__file__).parents[1]
+REAL = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real recordings, which is not part of the project."""
+    if not REAL.is_dir():
+        pytest.skip("no folder of real recordings beside the repository (shared/data)")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path) -> Iterator[None]:
+    """One temporary Prefect server for all flows that run inside the tests' own process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+class Cmacc:
+    """The installed command, in a Prefect home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.environment = {**os.environ, "PREFECT_HOME": str(home), "COLUMNS": "200"}
+
+    def command(self, *arguments: object) -> list[str]:
+        return [str(Path(sys.executable).with_name("cmacc")), *map(str, arguments)]
+
+    def __call__(self, *arguments: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, env=self.environment, cwd=cwd, timeout=300, check=False
+        )
+        assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+
+@pytest.fixture(scope="session")
+def cmacc(prefect_home: Path) -> Cmacc:
+    return Cmacc(prefect_home)

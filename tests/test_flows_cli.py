@@ -1,0 +1,111 @@
+"""The `cmacc` command: its help, the tools that need no flow, and one clear sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from media import make_clip, tiny_profile
+
+from cmacc.flows.cli import main
+from cmacc.shards.dataset import Dataset
+from cmacc.shards.writer import DatasetWriter
+
+COMMANDS = ("sample-world", "ingest", "reshard", "inspect", "lint", "pretrain", "evaluate", "export", "embed", "run", "demo")
+TINY = (
+    "steps=4", "log_every=2", "eval_every=4", "checkpoint_every=4", "loader.batch=4", "view.frames=4", "view.size=24",
+    "view.view_s=0.3", "objective.dictionary=16", "objective.pool=32", "eval_split=", "split=",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "set"
+    with DatasetWriter(path, tiny_profile()) as writer:
+        for i in range(8):
+            writer.add(make_clip(i))
+    return path
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process, which saves the seconds of importing torch; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["cmacc", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here(monkeypatch, name, "--help") == 0
+    assert f"Example: cmacc {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_from_data_set_to_export_and_embeddings(cmacc, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    cmacc("pretrain", data, "--out", run, *(part for option in TINY for part in ("--set", option)))
+    assert (run / "picture.png").exists()
+    assert cmacc("evaluate", run, "--data", data, "--split", "").stdout.count("R@5")
+    cmacc("export", run, tmp_path / "export")
+    cmacc("embed", tmp_path / "export", data, "--name", "tiny", "--batch", 4)
+    columns = Dataset.open(data).catalog
+    for name in ("video-tiny", "audio-tiny"):
+        norms = np.linalg.norm(columns.column(name).astype(np.float32), axis=1)
+        assert np.allclose(norms, 1, atol=1e-2)
+    assert json.loads(cmacc("inspect", data, "--json").stdout)["added_columns"] == {
+        "audio-tiny": [8, 128],
+        "video-tiny": [8, 128],
+    }
+
+
+def test_a_refusal_from_the_installed_command(cmacc) -> None:  # type: ignore[no-untyped-def]
+    assert cmacc("inspect", "nowhere", code=1).stderr.startswith("cmacc: nowhere does not exist")
+
+
+def test_lint_and_reshard(cmacc, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "no fault" in cmacc("lint", data).stdout
+    cmacc("reshard", data, "--out", tmp_path / "few", "--where", "duration_s > 0", "--limit", 3, "--order", "shuffle:1")
+    assert len(Dataset.open(tmp_path / "few")) == 3
+    shard = next((tmp_path / "few").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    assert "truncated" in cmacc("lint", tmp_path / "few", code=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("ingest", "none.csv", "--out", "x"), "none.csv"),
+        (("ingest", "none.csv", "--out", "x", "--workers", "0"), "workers is 0; give 1 to"),
+        (("ingest", "none.csv", "--out", "x", "--profile", "h266"), "profile 'h266' is not known; use one of"),
+        (("ingest", "none.csv", "--out", "x", "--retry", "rain"), "there is no cause 'rain' to retry"),
+        (("pretrain", "nowhere", "--out", "x"), "nowhere does not exist; give the folder"),
+        (("pretrain", "nowhere", "--out", "x", "--set", "objective.tau=cold"), "objective.tau"),
+        (("pretrain", "nowhere", "--out", "x", "--set", "objective.tua=1"), "there is no option objective.tua"),
+        (("pretrain", "nowhere", "--out", "x", "--recipe", "soup"), "recipe 'soup' is not known"),
+        (("evaluate", "nowhere"), "there is nothing to evaluate on"),
+        (("evaluate", "nowhere", "--data", "x"), "nowhere holds no checkpoint"),
+        (("reshard", "nowhere", "--out", "x"), "nowhere does not exist"),
+        (("inspect", "nowhere"), "nowhere does not exist"),
+        (("export", "nowhere", "x"), "nowhere holds no checkpoint"),
+        (("sample-world", "x", "--clips", "0"), "clips"),
+        (("run", "ingest"), "PREFECT_API_URL is not set"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(
+    arguments: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert here(monkeypatch, *arguments) == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "x" / "dataset.json").exists()

@@ -1,0 +1,210 @@
+"""The DALI graph against PIL and torchaudio, and the sound against the picture in time."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from media import audio_bytes
+from PIL import Image
+from train_data import VIEW
+
+from cmacc.train.graph import FLOOR_DB, PICTURE_MEAN, PICTURE_STD, Graph
+from cmacc.train.views import View, ViewConfig, central_view, training_view
+
+FPS, RATE = 8.0, VIEW.audio_rate
+PLAIN = replace(VIEW, jitter=0.0, grey=0.0, flip=0.0, gain_db=0.0)
+SILENCE = np.frombuffer(audio_bytes(), np.uint8)
+SAMPLES = round(VIEW.span_s(FPS) * RATE)
+
+
+def wav(sound: np.ndarray, rate: int = RATE) -> np.ndarray:
+    """A mono float32 WAV, as uint8 (n,)."""
+    data = sound.astype("<f4").tobytes()
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32, b"data", len(data)
+    )
+    return np.frombuffer(head + data, np.uint8)
+
+
+def pictures(width: int, height: int, frames: int = VIEW.frames) -> np.ndarray:
+    """Noise over ramps that move, uint8 (frames, height, width, 3)."""
+    rng = np.random.default_rng([width, height])
+    x, y = np.arange(width)[None, :, None], np.arange(height)[:, None, None]
+    return np.stack(
+        [
+            (100 + 80 * np.sin(x / 7 + i + np.arange(3)) + 40 * np.cos(y / 5) + rng.integers(-30, 30, (height, width, 3))).clip(
+                0, 255
+            )
+            for i in range(frames)
+        ]
+    ).astype(np.uint8)
+
+
+def seen(video: list[np.ndarray], views: list[View], config: ViewConfig = PLAIN) -> np.ndarray:
+    """What the graph makes of them, in 0..255, (B, 3, frames, size, size)."""
+    made, _ = Graph(config, FPS, len(video), "cpu", 1).run(video, [SILENCE] * len(video), views)
+    assert made.dtype == torch.float32
+    assert made.shape == (len(video), 3, config.frames, config.size, config.size)
+    return made.numpy() * PICTURE_STD + PICTURE_MEAN
+
+
+def resized(video: np.ndarray, view: View, size: int) -> np.ndarray:
+    """The crop by PIL, bilinear with antialiasing, (3, frames, size, size)."""
+    _, height, width, _ = video.shape
+    top, left, tall, wide = view.crop
+    box = (left * width, top * height, (left + wide) * width, (top + tall) * height)
+    frames = [Image.fromarray(f).resize((size, size), Image.Resampling.BILINEAR, box) for f in video]
+    return np.stack([np.asarray(f) for f in frames]).transpose(3, 0, 1, 2).astype(float)
+
+
+@pytest.mark.parametrize("size", [24, 56])
+def test_the_central_view_is_the_resized_centre(size: int) -> None:
+    """Smaller and larger than the crop; four sizes and shapes of picture in one batch."""
+    config = replace(PLAIN, size=size)
+    video = [pictures(48, 32), pictures(32, 48), pictures(64, 64), pictures(100, 37)]
+    views = [central_view(config, 8, FPS, v.shape[2] / v.shape[1]) for v in video]
+    for found, frames, view in zip(seen(video, views, config), video, views, strict=True):
+        assert np.abs(found - resized(frames, view, size)).mean() < 2
+
+
+def test_training_crops_are_resized_alike() -> None:
+    video = [pictures(80, 60)] * 8
+    views = [training_view(PLAIN, 0, 0, str(i), 4, FPS, 80 / 60) for i in range(8)]
+    assert len({view.crop for view in views}) == 8
+    for found, view in zip(seen(video, views), views, strict=True):
+        expected = resized(video[0], view, PLAIN.size)
+        assert np.abs(found - expected).mean() < 2
+        assert np.abs(found[..., ::-1] - expected).mean() > 10
+
+
+def test_mirror_mirrors_and_colours_change() -> None:
+    video, plain = pictures(48, 32), central_view(PLAIN, 8, FPS, 1.5)
+    changed = [
+        plain,
+        replace(plain, mirror=True),
+        replace(plain, brightness=0.5),
+        replace(plain, contrast=0.5),
+        replace(plain, saturation=0.0),
+    ]
+    same, mirrored, dark, flat, grey = seen([video] * 5, changed)
+    assert np.array_equal(mirrored, same[..., ::-1])
+    assert np.abs(mirrored - same).mean() > 10
+    assert np.abs(dark - same / 2).mean() < 1
+    assert 0.4 < flat.std() / same.std() < 0.6
+    assert np.abs(grey[0] - grey[1]).max() < 1.01
+    assert np.abs(grey[0] - grey[2]).max() < 1.01
+    assert np.abs(same[0] - same[1]).mean() > 5
+
+
+def heard(sounds: list[np.ndarray], views: list[View], config: ViewConfig = PLAIN) -> np.ndarray:
+    """Log-mel in dB, (B, bands, steps)."""
+    _, made = Graph(config, FPS, len(sounds), "cpu", 1).run([pictures(48, 32)] * len(sounds), sounds, views)
+    assert made.dtype == torch.float32
+    assert made.shape == (len(sounds), 1, config.n_mels, config.mel_steps(FPS))
+    return made[:, 0].numpy() * config.mel_std_db + config.mel_mean_db
+
+
+def torchaudio_db(sound: np.ndarray, config: ViewConfig = PLAIN) -> np.ndarray:
+    mel = torchaudio.transforms.MelSpectrogram(
+        config.audio_rate, config.n_fft, config.n_fft, config.hop, config.mel_low_hz, config.mel_high_hz, n_mels=config.n_mels,
+        power=2, norm=None, mel_scale="htk",
+    )  # fmt: skip
+    power = mel.double()(torch.from_numpy(np.asarray(sound, np.float64)))
+    return 10 * np.log10(power.numpy().clip(10 ** (FLOOR_DB / 10)))
+
+
+def at(start_frame: int = 0, gain: float = 1.0) -> View:
+    return View(start_frame, (0.0, 0.0, 1.0, 1.0), gain=gain)
+
+
+@pytest.mark.parametrize("n_fft, hop, n_mels", [(256, 128, 16), (400, 160, 40), (512, 100, 32)])
+def test_log_mel_is_torchaudios(n_fft: int, hop: int, n_mels: int) -> None:
+    """Noise, a tone, a chord, a quiet sound: within a hundredth of a decibel wherever there is anything to hear."""
+    config = replace(PLAIN, n_fft=n_fft, hop=hop, n_mels=n_mels)
+    t = np.arange(SAMPLES) / RATE
+    noise = np.random.default_rng(0).normal(0, 0.2, SAMPLES)
+    tone = 0.5 * np.sin(2 * np.pi * 440 * t)
+    chord = tone + 0.3 * np.sin(2 * np.pi * 1234.5 * t) + 0.01 * noise
+    sounds = [s.astype(np.float32) for s in (noise, tone + 1e-3 * noise, chord, 1e-3 * chord)]
+    for found, sound in zip(heard([wav(s) for s in sounds], [at()] * 4, config), sounds, strict=True):
+        expected = torchaudio_db(sound, config)
+        assert (expected > FLOOR_DB).mean() > 0.9
+        assert np.abs(found - expected).max() < 0.01
+
+
+def test_silence_is_the_floor_and_gain_is_decibels() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, SAMPLES).astype(np.float32)
+    quiet, plain, loud = heard([wav(0 * noise), wav(noise), wav(noise)], [at(), at(), at(gain=10 ** (6 / 20))])
+    assert np.allclose(quiet, FLOOR_DB, atol=1e-4)
+    assert np.allclose(loud - plain, 6, atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 48_000])
+@pytest.mark.parametrize("start_frame", [0, 1, 5])
+def test_the_sound_begins_with_the_first_frame(start_frame: int, rate: int) -> None:
+    """A click at 0.8 s, whatever the file's rate: in the column of that instant, counted from the first frame's."""
+    sound = np.zeros(2 * rate)
+    click = round(0.8 * rate)
+    sound[click : click + rate // 2000] = 0.9
+    found = heard([wav(sound, rate)], [at(start_frame)])[0].max(0)
+    column = (0.8 - start_frame / FPS) * RATE / PLAIN.hop
+    inside = 0 <= column < PLAIN.mel_steps(FPS)
+    assert inside == (start_frame == 5)
+    if inside:
+        assert abs(int(found.argmax()) - column) <= 1
+    else:
+        assert found.max() < -60
+
+
+def test_a_shifted_view_is_the_shifted_sound() -> None:
+    noise = np.random.default_rng(1).normal(0, 0.1, 2 * RATE).astype(np.float32)
+    found = heard([wav(noise)] * 2, [at(3), at(4)])
+    for start, one in zip((3, 4), found, strict=True):
+        first = round(start / FPS * RATE)
+        assert np.abs(one - torchaudio_db(noise[first : first + SAMPLES])).max() < 0.01
+
+
+def test_past_its_end_a_sound_is_silent() -> None:
+    sound = np.random.default_rng(2).normal(0, 0.1, SAMPLES // 2).astype(np.float32)
+    (found,) = heard([wav(sound)], [at()])
+    assert np.abs(found - torchaudio_db(np.concatenate([sound, np.zeros(SAMPLES - len(sound))]))).max() < 0.01
+    assert np.allclose(found[:, -4:], FLOOR_DB, atol=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["flac", "opus"])
+def test_both_sound_codecs(codec: str) -> None:
+    """A tone of 220 Hz: the loudest band is the one that holds it."""
+    (found,) = heard([np.frombuffer(audio_bytes(0, codec=codec), np.uint8)], [at()])
+    t = np.arange(SAMPLES) / RATE
+    assert found.mean(1).argmax() == torchaudio_db(0.25 * np.sin(2 * np.pi * 220 * t)).mean(1).argmax()
+
+
+def test_sounds_alone() -> None:
+    """A graph without pictures makes the same log-mel, from any second on; a batch may be smaller than it was built for."""
+    noise = np.random.default_rng(3).normal(0, 0.1, 2 * RATE).astype(np.float32)
+    alone = Graph(PLAIN, FPS, 3, "cpu", 1, pictures=False)
+    both = heard([wav(noise)] * 2, [at(2), at(6)])
+    for _ in range(2):
+        found = alone.sounds([wav(noise)] * 2, [2 / FPS, 6 / FPS])[:, 0].numpy() * PLAIN.mel_std_db + PLAIN.mel_mean_db
+        assert np.array_equal(found, both)
+
+
+def test_a_batch_stays_as_it_was_when_the_next_is_made() -> None:
+    """DALI's buffers are used again; what was handed out is not."""
+    graph = Graph(PLAIN, FPS, 1, "cpu", 1)
+    first = graph.run([pictures(48, 32)], [SILENCE], [at()])
+    copies = [t.clone() for t in first]
+    graph.run([255 - pictures(48, 32)], [wav(np.zeros(SAMPLES))], [at()])
+    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+
+
+@pytest.mark.parametrize("bad", [b"no sound at all", audio_bytes()[:100], bytes(1000)])
+def test_what_does_not_decode_is_a_runtime_error(bad: bytes) -> None:
+    graph = Graph(PLAIN, FPS, 2, "cpu", 1)
+    with pytest.raises(RuntimeError):
+        graph.run([pictures(48, 32)] * 2, [SILENCE, np.frombuffer(bad, np.uint8)], [at()] * 2)
