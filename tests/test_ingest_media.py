@@ -48,9 +48,11 @@ def clapper(
     rate: int = 48000,
     channels: str = "stereo",
     sound_delay_s: float = 0.0,
+    interleave: bool = True,
 ) -> Path:
     """Write a video. times: of the frames, seconds, `fps` a second by default. level: of the noise between the clicks."""
     video_codec, audio_codec = codecs or CODECS[path.suffix[1:]]
+    packets: list[av.Packet] = []
     times = times or [i / fps for i in range(round(seconds * fps))]
     with av.open(str(path), "w") as out:
         if picture:
@@ -68,16 +70,18 @@ def clapper(
                 frame = VideoFrame.from_ndarray(luma, "gray").reformat(format=video.pix_fmt, dst_color_range="MPEG", threads=1)
                 frame.time_base = video.codec_context.time_base
                 frame.pts = round(time_s / frame.time_base)
-                out.mux(video.encode(frame))
-            out.mux(video.encode(None))
+                packets += video.encode(frame)
+            packets += video.encode(None)
         if sound:
             wave = _sound(seconds, claps, rate, level)
             frame = AudioFrame.from_ndarray(
                 np.repeat((wave * 32767).astype(np.int16)[None], len(audio.layout.channels), 0), "s16p", channels
             )
             frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(sound_delay_s * rate)
-            for packet in (*audio.encode(frame), *audio.encode(None)):
-                out.mux(packet)
+            packets += [*audio.encode(frame), *audio.encode(None)]
+        out.start_encoding()
+        for packet in sorted(packets, key=lambda p: p.dts * p.time_base) if interleave else packets:
+            out.mux(packet)
     return path
 
 

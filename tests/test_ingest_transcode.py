@@ -157,13 +157,19 @@ def test_far_apart_clips_of_a_long_source(tmp_path: Path, monkeypatch: pytest.Mo
     take = Cut.take
     monkeypatch.setattr(Cut, "take", lambda self, moment: (decoded.append(isinstance(moment, Picture)), take(self, moment))[1])
     path = tmp_path / f"a.{container}"
-    clapper(path, seconds=64, fps=10, claps=(3.0, 31.0, 32.5, 60.0), size=(32, 32), gop=gop, rate=32000)
+    clapper(path, seconds=64, fps=10, claps=(3.0, 31.0, 32.5, 60.0), size=(64, 32), gop=gop, rate=32000)
     first, second, third = cut(path, (2.0, 5.0), (30.5, 33.0), (59.0, 62.0))
     for clip, number in ((first, 1), (second, 2), (third, 1)):
         assert_claps(clip, path)
         assert len(flashes(clip.members["mp4"])) == number
     if container in ("mp4", "mkv"):
         assert sum(decoded) < 250, "what no clip wants is jumped over: 640 frames are in the source"
+
+
+def test_streams_that_are_not_interleaved(tmp_path: Path) -> None:
+    path = clapper(tmp_path / "a.mkv", seconds=50, fps=10, claps=(3.0, 45.0), size=(32, 32), interleave=False)
+    for clip in cut(path, (2.0, 5.0), (44.0, 47.0)):
+        assert_claps(clip, path)
 
 
 def test_rotation_is_applied(tmp_path: Path) -> None:
@@ -306,9 +312,9 @@ def test_a_still_picture_with_the_noise_of_its_encoding_is_still(tmp_path: Path)
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_damage_costs_only_the_clips_it_lies_in(tmp_path: Path, lost: bool) -> None:
-    path = clapper(tmp_path / "a.ts", seconds=12, claps=(1.0, 10.0), size=(192, 128))
+    path = clapper(tmp_path / "a.ts", seconds=12, claps=(1.0, 10.0), size=(320, 208))
     data = bytearray(path.read_bytes())
-    begin, end = len(data) * 35 // 100, len(data) * 70 // 100
+    begin, end = len(data) * 34 // 100, len(data) * 71 // 100
     data[begin:end] = bytes(end - begin) if lost else np.random.default_rng(0).bytes(end - begin)
     path.write_bytes(data)
     outcomes = dict(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
 import torchaudio
 from media import audio_bytes
 from PIL import Image
-from train_data import VIEW
+from train_data import VIEW, damaged
 
 from cmacc.train.graph import FLOOR_DB, PICTURE_MEAN, PICTURE_STD, Graph
 from cmacc.train.views import View, ViewConfig, central_view, training_view
@@ -208,3 +210,21 @@ def test_what_does_not_decode_is_a_runtime_error(bad: bytes) -> None:
     graph = Graph(PLAIN, FPS, 2, "cpu", 1)
     with pytest.raises(RuntimeError):
         graph.run([pictures(48, 32)] * 2, [SILENCE, np.frombuffer(bad, np.uint8)], [at()] * 2)
+
+
+def test_the_culprit_is_named() -> None:
+    """Also where FFmpeg decodes without a word; None where each clip does well by itself."""
+    bad = damaged(audio_bytes(0))
+    with av.open(io.BytesIO(bad)) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) > 0
+    sounds = [SILENCE, np.frombuffer(bad, np.uint8), np.frombuffer(b"no sound", np.uint8)]
+    graph = Graph(PLAIN, FPS, 3, "cpu", 1)
+    with pytest.raises(RuntimeError):
+        graph.run([pictures(48, 32)] * 3, sounds, [at()] * 3)
+    place, reason = graph.culprit([pictures(48, 32)] * 3, sounds, [at()] * 3) or (-1, "")
+    assert place == 1
+    assert "Error decoding" in reason
+    assert "\n" not in reason
+    alone = Graph(PLAIN, FPS, 3, "cpu", 1, pictures=False)
+    assert (alone.culprit([], sounds[::-1], [at()] * 3) or (-1, ""))[0] == 0
+    assert alone.culprit([], [SILENCE] * 3, [at()] * 3) is None

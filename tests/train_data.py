@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from media import make_clip, tiny_profile
 
@@ -56,6 +57,11 @@ def write_dataset(path: Path, these: Iterable[Clip], profile: Profile | None = N
 def with_members(clip: Clip, **members: bytes) -> Clip:
     """`clip` with other bytes in some members, e.g. `flac=b"..."`."""
     return dataclasses.replace(clip, members={**clip.members, **members})
+
+
+def damaged(sound: bytes) -> bytes:
+    """With noise near its end, which FFmpeg decodes without a word and DALI does not."""
+    return sound[:-40] + np.random.default_rng(0).bytes(20) + sound[-20:]
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

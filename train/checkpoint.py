@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +23,18 @@ class CheckpointError(Exception):
 
 def _publish(path: Path, data: bytes | dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        if isinstance(data, bytes):
-            file.write(data)
-        else:
-            torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as file:
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # it takes up the room that may be missing
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -45,6 +48,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     Raises OSError when the disk is full; the checkpoint before it stays in place.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.part"):
+        left.unlink()  # a kill left it
     path = folder / f"step-{step:08d}.pt"
     versions = {name: version(name) for name in ("torch", "cmacc", "nvidia-dali-cuda130")} | {"python": platform.python_version()}
     _publish(path, {"format": FORMAT, "step": step, "versions": versions, **state})
@@ -60,7 +65,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
-    if Path(name).name != name or not (folder / name).exists():
+    if Path(name).name != name or not (folder / name).is_file():
         raise CheckpointError(
             f"{pointer} names {name!r}, which is not there; write the name of another file of that folder into it"
         )
@@ -73,8 +78,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; give a file, or the folder of a run") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file makes the unpickler raise has no end: KeyError, IndexError and more
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} is not a checkpoint, or is damaged ({reason}); use an earlier one of its folder"
         ) from error

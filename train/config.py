@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,10 +27,12 @@ class OptimiserConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
+        if not 0 < self.rate < math.inf:
             raise ValueError(f"optimiser.rate is {self.rate}; give a learning rate above 0")
         if self.warmup < 0:
             raise ValueError(f"optimiser.warmup is {self.warmup}; give 0 or more steps")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimiser.weight_decay is {self.weight_decay}; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class PretrainConfig:
         for name in ("steps", "log_every", "eval_every", "checkpoint_every", "eval_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more")
 
 
 FREE_TO_CHANGE = frozenset({"log_every", "eval_every", "checkpoint_every", "loader.threads", "loader.ahead"})
@@ -67,7 +71,7 @@ RECIPES = {
     "paper": PretrainConfig(),
     # For two CPU cores and some minutes; what `make demo` runs.
     "small": PretrainConfig(
-        steps=1_000,
+        steps=400,
         eval_every=100,
         checkpoint_every=100,
         view=ViewConfig(frames=8, view_s=1.5, size=56, hop=320, n_fft=512, n_mels=48, jitter=0.4),
@@ -79,9 +83,9 @@ RECIPES = {
             pool=1_024,
             tau=0.1,
             momentum=0.99,
-            share=0.5,
-            share_start=300,
-            share_ramp=300,
+            share=1.0,
+            share_start=50,
+            share_ramp=100,
         ),
         optimiser=OptimiserConfig(rate=1e-3, warmup=50, cosine=True, weight_decay=1e-4),
     ),
@@ -109,13 +113,13 @@ def from_json(data: dict[str, Any]) -> PretrainConfig:
         raise ValueError(reason if "is " in reason and ";" in reason else f"{name}: {reason}; mend that value") from None
 
 
-def _refuse_unknown(owner: Any, data: dict[str, Any], prefix: str) -> None:
-    names = {f.name: f.type for f in dataclasses.fields(owner)}
+def _refuse_unknown(owner: type, data: dict[str, Any], prefix: str) -> None:
+    types = get_type_hints(owner)
     for name, value in data.items():
-        if name not in names:
-            raise ValueError(f"there is no option {prefix}{name}; {prefix or 'a run '}has {', '.join(names)}")
-        if isinstance(value, dict):
-            _refuse_unknown(type(getattr(PretrainConfig(), name)), value, f"{name}.")
+        if name not in types:
+            raise ValueError(f"there is no option {prefix}{name}; {prefix.rstrip('.') or 'a run'} has {', '.join(types)}")
+        if isinstance(value, dict) and is_dataclass(types[name]):
+            _refuse_unknown(types[name], value, f"{prefix}{name}.")
 
 
 def change(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:

@@ -47,7 +47,7 @@ class Graph:
         Vorbis or WAV bytes, uint8 (n,).
 
         Returns pictures float32 (B, 3, F, size, size), normalised, and log-mel float32 (B, 1, bands, steps), normalised.
-        Raises RuntimeError when a clip does not decode; the graph cannot be used after that.
+        Raises RuntimeError when a clip does not decode; only `culprit` can be asked after that.
         """
         feed: dict[str, list[Any]] = {
             "video": list(video),
@@ -70,6 +70,17 @@ class Graph:
             self.pipeline.feed_input(name, [np.asarray(v) for v in values])
         *pictures, mel = self.pipeline.run()
         return _to_torch(pictures[0]) if pictures else torch.empty(0), _to_torch(mel).unsqueeze(1)
+
+    def culprit(self, video: Sequence[np.ndarray], audio: Sequence[np.ndarray], views: Sequence[View]) -> tuple[int, str] | None:
+        """Place of the first clip that fails by itself, and DALI's reason; a batch fails as a whole and does not say."""
+        alone = Graph(self.config, self.fps, 1, self.device, pictures=self.pictures)
+        for place, view in enumerate(views):
+            try:
+                alone.run(video[place : place + 1], audio[place : place + 1], [view])
+            except RuntimeError as error:
+                text = str(error)
+                return place, (text.partition("encountered:")[2] or text).strip().partition("\n")[0]
+        return None
 
     def sounds(self, audio: Sequence[np.ndarray], start_s: Sequence[float]) -> Tensor:
         """Log-mel alone, float32 (B, 1, bands, steps), of sounds from `start_s` seconds on. For a graph without pictures."""

@@ -44,7 +44,7 @@ class BadClip(Exception):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """batch: clips a step. device: where DALI works, `auto` takes the GPU if there is one. threads: that decode.
+    """batch: clips a step. device: where DALI works, `auto` takes the GPU if there is one. threads: that decode, 0: one a core.
     ahead: batches made in advance. streams, window: of the order (see `shards.order`)."""
 
     batch: int = 128
@@ -60,6 +60,8 @@ class LoaderConfig:
         for name in ("batch", "ahead", "streams", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loader.{name} is {getattr(self, name)}; give 1 or more")
+        if self.threads < 0:
+            raise ValueError(f"loader.threads is {self.threads}; give a number, or 0 for as many as there are cores")
 
     @property
     def dali_device(self) -> str:
@@ -124,20 +126,17 @@ class ViewReader:
         """One batch, a view a row. Raises BadClip for the first clip whose content does not decode, OSError or DatasetError
         when a shard cannot be read."""
         video, audio = zip(*self._pool.map(self._members, rows, views), strict=True)
+        graph = self._graph = self._graph or Graph(self.view, self.fps, self.config.batch, self.device, self.config.workers)
         try:
-            self._graph = self._graph or Graph(self.view, self.fps, self.config.batch, self.device, self.config.workers)
-            pictures, mel = self._graph.run(video, audio, views)
+            pictures, mel = graph.run(video, audio, views)
         except RuntimeError as error:
-            # One bad sample fails a whole DALI batch and the pipeline with it: build a new one, and find the culprit, which
-            # DALI alone can name: it refuses sounds that FFmpeg forgives.
+            # One bad sample fails a whole DALI batch and the pipeline with it: build a new one next time.
             self._graph = None
-            alone = Graph(self.view, self.fps, 1, self.device, self.config.workers)
-            for row, frames, sound, view in zip(rows, video, audio, views, strict=True):
-                try:
-                    alone.run([frames], [sound], [view])
-                except RuntimeError as reason:
-                    raise BadClip(row, str(self.keys[row]), _dali_reason(reason)) from reason
-            raise RuntimeError(f"DALI could not make a batch although it makes each of its clips alone: {error}") from error
+            found = graph.culprit(video, audio, views)
+            if found is None:
+                raise RuntimeError(f"DALI could not make a batch although it makes each of its clips alone: {error}") from error
+            row = rows[found[0]]
+            raise BadClip(row, str(self.keys[row]), found[1]) from error
         index = torch.as_tensor(rows, dtype=torch.int64)
         return Batch(pictures, mel, index, self.sources[index], self.labels[index])
 
@@ -156,12 +155,6 @@ class ViewReader:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _dali_reason(error: RuntimeError) -> str:
-    """What DALI found, out of its account of where in the graph."""
-    text = str(error)
-    return (text.partition("encountered:")[2] or text).strip().partition("\n")[0]
 
 
 class TrainingLoader:

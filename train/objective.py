@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,7 +54,7 @@ class ObjectiveConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}; give 1 or more")
         for name in ("tau", "pseudo_tau"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}; give a temperature above 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"objective.momentum is {self.momentum}; give 0 or more, below 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ def retrieval(embedded: Embedded) -> dict[str, float]:
     """Recall at 1, 5, 10 in both directions and their means, with the chance levels beside them, all shares 0..1.
 
     `class@1`: the clip found first has the query's label. `same_class_R@k`: the same search among clips of the query's
-    label alone, so that knowing the class gains nothing. Ties count against the query. n must be 2 or more.
+    label alone, so that knowing the class gains nothing. Ties, and NaN, count against the query. n must be 2 or more.
     """
     scores = embedded.video @ embedded.audio.T
     facts: dict[str, float] = {}
@@ -69,7 +70,7 @@ def retrieval(embedded: Embedded) -> dict[str, float]:
 def _recalls(scores: Tensor, among: Tensor, prefix: str) -> dict[str, float]:
     own = scores.diagonal()[:, None]
     others = among & ~torch.eye(len(scores), dtype=torch.bool)
-    rank = ((scores >= own) & others).sum(1)
+    rank = (~(scores < own) & others).sum(1)
     ranked = others.any(1)
     return {f"{prefix}R@{k}": float((rank[ranked] < k).float().mean()) for k in RANKS if ranked.any()}
 
@@ -78,7 +79,8 @@ def _one_direction(scores: Tensor, labels: Tensor) -> dict[str, float]:
     facts = _recalls(scores, torch.ones_like(scores, dtype=torch.bool), "")
     if (labels >= 0).all():
         same = labels[:, None] == labels[None, :]
-        facts["class@1"] = float((labels[scores.argmax(1)] == labels).float().mean())
+        best_same, best_other = (scores.masked_fill(mask, -math.inf).amax(1) for mask in (~same, same))
+        facts["class@1"] = float((best_same > best_other).float().mean())
         facts |= _recalls(scores, same, "same_class_")
     return facts
 

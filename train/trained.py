@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -86,6 +86,6 @@ def _load_export(folder: Path) -> Trained:
         encoders = TypeAdapter(EncoderConfig).validate_python(description["encoders"])
         view = TypeAdapter(ViewConfig).validate_python(description["view"])
         return _frozen(encoders, load_file(folder / WEIGHTS), view, int(description["step"]))
-    except (KeyError, ValidationError, RuntimeError, OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} is not an export this version can load ({reason}); run `cmacc export` again") from error

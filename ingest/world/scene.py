@@ -116,7 +116,7 @@ def _picture(
     def sizes(amounts: Amounts, effort: float) -> Amounts:
         return codec.trial_video(develop(amounts, max(round(effort * len(at)), 4)), fps) * (19_200 / (width * height))
 
-    limits = np.array([[0.3, 24.0], [0.3, 10.0]])
+    limits = np.array([[0.3, 24.0], [0.3, 12.0]])
     amounts = solve(sizes, draw_video_target(rng), np.array([7.5, 3.3]), np.array([1.6, 0.5]), limits)
     tried = {"texture_sd": round(float(amounts[0]), 3), "grain_sd": round(float(amounts[1]), 3)}
     return develop(amounts, len(at)), {**look, "contrast": round(float(contrast), 2), **tried}
@@ -144,7 +144,7 @@ def solve(
 
 def draw_video_target(rng: np.random.Generator) -> Amounts:
     """Mean bytes of a keyframe and of another frame, at 160x120, (2,)."""
-    return np.exp([rng.uniform(np.log(4200), np.log(8200)), rng.uniform(np.log(560), np.log(1450))])
+    return np.exp([rng.uniform(np.log(4200), np.log(8200)), rng.uniform(np.log(560), np.log(2000))])
 
 
 def _sound(label: str, cue: Cue, rng: np.random.Generator) -> tuple[Wave, dict[str, Any]]:

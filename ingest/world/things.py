@@ -99,7 +99,7 @@ def _pulse(cue: Cue, at: Wave, half_s: float) -> Wave:
 def draw_ball(cue: Cue, on: Sheet) -> Ink:
     f = cue.phase(on.at) % 1
     height = _t(4 * f * (1 - f))
-    return _over(on.disc(0, 0.5 - 1.1 * height, 0.42), on.box(0, 1.02, 0.9, 0.07))
+    return _over(on.disc(0, 0.5 - 1.1 * height, 0.42), on.box(0, 0.99, 0.75, 0.06))
 
 
 def draw_bell(cue: Cue, on: Sheet) -> Ink:
@@ -112,9 +112,9 @@ def draw_bell(cue: Cue, on: Sheet) -> Ink:
 def draw_bird(cue: Cue, on: Sheet) -> Ink:
     lift = _t(np.cos(2 * np.pi * cue.phase(on.at)))
     ink = _over(on.fill((np.hypot(on.u / 0.24, (on.v - 0.1) / 0.36) - 1) * 0.28), on.disc(0, -0.32, 0.17))
-    elbow, tip = 0.05 - 0.55 * lift, 0.1 - 0.85 * lift
+    elbow, tip = 0.05 - 0.5 * lift, 0.1 - 0.75 * lift
     for side in (-1.0, 1.0):
-        ink = _over(ink, on.bar(side * 0.1, 0, side * 0.58, elbow, 0.12), on.bar(side * 0.58, elbow, side * 1.05, tip, 0.08))
+        ink = _over(ink, on.bar(side * 0.1, 0, side * 0.54, elbow, 0.12), on.bar(side * 0.54, elbow, side * 0.95, tip, 0.08))
     return ink
 
 
@@ -143,7 +143,7 @@ def draw_heart(cue: Cue, on: Sheet) -> Ink:
 
 
 def draw_pendulum(cue: Cue, on: Sheet) -> Ink:
-    swing = 0.6 * np.cos(np.pi * cue.phase(on.at))
+    swing = 0.5 * np.cos(np.pi * cue.phase(on.at))
     u, v = _t(1.5 * np.sin(swing)), _t(1.5 * np.cos(swing) - 0.9)
     return _over(on.bar(0, -0.9, u, v, 0.06), on.disc(u, v, 0.3), on.box(0, -0.95, 0.3, 0.08))
 
@@ -206,8 +206,8 @@ def draw_train(cue: Cue, on: Sheet) -> Ink:
     place = (on.u - 1.3 * _t(cue.phase(on.at))) % 1.3 - 0.65  # a coupling passes the middle on a beat
     car = on.fill(np.maximum(np.abs(place) - 0.53, np.abs(on.v + 0.05) - 0.5))
     wheels = on.fill(np.hypot(np.abs(place) - 0.32, on.v - 0.5) - 0.19)
-    view = on.box(0, 0, 1.1, 1)
-    return _over(_over(car, wheels) * view, on.box(0, 0.76, 1.1, 0.06))
+    view = on.box(0, 0, 1.0, 1)
+    return _over(_over(car, wheels) * view, on.box(0, 0.76, 1.0, 0.06))
 
 
 def draw_waves(cue: Cue, on: Sheet) -> Ink:
