@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test test-all check bench lock clean
+.PHONY: demo test test-all check bench study lock clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -29,6 +29,13 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest
+
+bench: .venv/.ready
+	$(BIN)/python infra/bench/bench.py
+
+# The demo's run beside the same with other negatives, three seeds each; takes `make demo`'s data set.
+study: .venv/.ready
+	$(BIN)/python infra/study.py runs/demo/data --out runs/study
 
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/.ready

@@ -130,6 +130,7 @@ def ingest(
     out: Annotated[Path, typer.Option(help="Folder of the data set; an existing one is continued.")],
     url_template: Annotated[str | None, typer.Option(help="Address of a YouTube id, with {id} in it.")] = None,
     manifest_format: Annotated[str, typer.Option("--format", help="Form of the lists, if it is not to be recognised.")] = "auto",
+    label_column: Annotated[str, typer.Option(help="Column of a table that holds the label, if none is named so.")] = "",
     profile: Annotated[str, typer.Option(help="h264, h264-dense, mjpeg or vp9.")] = "h264",
     short_side: Annotated[int | None, typer.Option(help="Pixels of the shorter side.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
@@ -148,6 +149,7 @@ def ingest(
     options: dict[str, Any] = {
         "url_template": url_template,
         "manifest_format": manifest_format,
+        "label_column": label_column,
         "profile_name": profile,
         "short_side": short_side,
         "fps": fps,

@@ -16,7 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from cmacc.flows.pack import Packer
 from cmacc.flows.progress import progress, table, under_prefect
-from cmacc.ingest import Cause, FetchOptions, Ledger, Limits, Outcome, SourceVideo, read_manifest, stop_all, work
+from cmacc.ingest import Cause, FetchOptions, Ledger, Limits, Manifest, Outcome, SourceVideo, read_manifest, stop_all, work
 from cmacc.ingest.manifest import Format
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.profile import Profile, profile
@@ -49,6 +49,7 @@ def ingest(
     out: str,
     url_template: str | None = None,
     manifest_format: Format = "auto",
+    label_column: str = "",
     profile_name: Literal["h264", "h264-dense", "mjpeg", "vp9"] = "h264",
     short_side: int | None = None,
     fps: int | None = None,
@@ -64,7 +65,7 @@ def ingest(
     """Download and transcode the clips of `manifests` into the data set `out`; returns the counts of its ledger.
 
     manifests: `PATH` or `SPLIT=PATH` each, any form that `cmacc.ingest.read_manifest` knows. url_template: address of a
-    YouTube id, with `{id}` in it. short_side, fps, gop: changes to the profile. retry: causes whose failures are tried
+    YouTube id, with `{id}` in it. label_column: of a table, if none is named label. short_side, fps, gop: changes to the profile. retry: causes whose failures are tried
     again. pause_s: seconds between downloads of one worker. timeout_s: for one source video. Raises ValueError,
     DatasetError or IngestFailure with one sentence when the whole job cannot go on.
     """
@@ -73,7 +74,7 @@ def ingest(
     kind = profile(profile_name, short_side=short_side, fps=fps, gop=gop)
     causes = [_cause(name) for name in retry or ()]
     options = FetchOptions(cookies=cookies, proxy=proxy, pause_s=pause_s)
-    lists = [_read(text, manifest_format, url_template) for text in manifests]
+    lists = [_read(text, manifest_format, url_template, label_column) for text in manifests]
     home = Path(out)
     with Ledger(home / "ingest" / "ledger.sqlite") as ledger:
         for manifest in lists:
@@ -138,12 +139,12 @@ def _outcomes(
         stop_all()
 
 
-def _read(text: str, manifest_format: Format, url_template: str | None) -> Any:
+def _read(text: str, manifest_format: Format, url_template: str | None, label_column: str) -> Manifest:
     """`SPLIT=PATH` or `PATH`; a `=` further right than the first `/` or `?` belongs to the path."""
     split, mark, path = text.partition("=")
     if not mark or not split.replace("-", "").replace("_", "").isalnum():
         split, path = "", text
-    return read_manifest(path, format=manifest_format, url_template=url_template, split=split)
+    return read_manifest(path, format=manifest_format, url_template=url_template, split=split, label_column=label_column)
 
 
 def _cause(name: str) -> Cause:

@@ -80,13 +80,17 @@ def test_the_newest_key_of_a_clip_wins_and_its_hole_is_refilled() -> None:
     assert ring.entries.ids.tolist() == [8, 9, 7, 6]
 
 
-def test_a_pool_larger_than_the_data_has_one_slot_a_clip() -> None:
-    ring = Ring(50, 2, unique=True)
-    for step in range(40):
-        ring.enqueue(to_entries([Slot((0.0, 0.0), (3 * step + i) % 13, 0, 0, step) for i in range(3)]))
-    held = ring.entries.ids[ring.filled].tolist()
-    assert sorted(held) == list(range(13))
-    assert int(ring.entries.born[ring.filled].min()) >= 40 - 5
+def test_a_pool_twice_the_data_loses_no_clip() -> None:
+    """13 clips in a new order each epoch: after the first epoch each has its one slot, with its newest key."""
+    ring, rng, newest = Ring(26, 2, unique=True), np.random.default_rng(0), {}
+    for epoch in range(20):
+        for step, part in enumerate(np.array_split(rng.permutation(13), 4)):
+            new = [Slot((0.0, 0.0), int(i), 0, 0, 4 * epoch + step) for i in part]
+            ring.enqueue(to_entries(new))
+            newest |= {slot.id: slot.born for slot in new}
+            held = ring.entries.take(ring.filled)
+            assert dict(zip(held.ids.tolist(), held.born.tolist(), strict=True)) == newest
+            assert len(held.ids) == len(newest)
 
 
 def test_state_dict_round_trip() -> None:

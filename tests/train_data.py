@@ -33,7 +33,7 @@ TINY = PretrainConfig(
     view=VIEW,
     loader=LOADER,
     encoders=EncoderConfig(video="small", audio="small", width=16, hidden=16),
-    objective=ObjectiveConfig(dictionary=10, pool=24, tau=0.2, momentum=0.9, share=1.0),
+    objective=ObjectiveConfig(dictionary=10, pool=32, tau=0.2, momentum=0.9, share=1.0),
     optimiser=OptimiserConfig(rate=1e-3, warmup=3, cosine=True, weight_decay=1e-4),
 )
 TRAIN_CLIPS, EVAL_CLIPS = 16, 6

@@ -34,7 +34,8 @@ def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None
     """Train on the data set at `data` until step `config.steps`, in the folder `run`; continue what stands there.
 
     Returns the last checkpoint. On a CPU a continued run computes bit for bit what an unbroken one does. Raises
-    ValueError with one sentence for a wrong option or data set, FloatingPointError when the loss is no longer finite.
+    ValueError, DatasetError or CheckpointError with one sentence for a wrong option, data set or run folder,
+    FloatingPointError when the gradient is no longer finite.
     """
     dataset = Dataset.open(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +68,7 @@ def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None
         return save_checkpoint(checkpoints, step, {**state, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
 
     metrics = MetricsLog(run / "metrics.jsonl", after=step)
-    board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+    board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def tell(facts: dict[str, float]) -> None:
         metrics.write(step, facts)

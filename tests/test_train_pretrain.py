@@ -1,0 +1,324 @@
+"""The loop: complete numbers, and after any kill the same losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_data import EVAL_CLIPS, TINY, clips, with_members, write_dataset
+
+from cmacc.train.checkpoint import load_checkpoint
+from cmacc.train.config import PretrainConfig, change, from_json, to_json
+from cmacc.train.picture import draw_run
+from cmacc.train.pretrain import final_numbers, pretrain
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+
+sys.path.insert(0, {tests!r})
+import train_data
+from cmacc.train.config import from_json
+from cmacc.train.pretrain import pretrain
+
+data, run, config, pause = sys.argv[1:]
+pretrain(data, Path(run), from_json(json.loads(config)), lambda step, facts: time.sleep(float(pause)))
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_a_cpu() -> Iterator[None]:
+    """Where a continued run is promised to be the same bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_dataset(tmp_path_factory.mktemp("pretrain") / "data", clips()).url
+
+
+@pytest.fixture(scope="module")
+def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert pretrain(data, run, TINY) == run / "checkpoints" / "step-00000012.pt"
+    return run
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Its metrics without the clock's."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """The same numbers in the log, and the same bits in the last checkpoint."""
+    assert records(run) == records(whole)
+    a, b = (load_checkpoint(sorted((r / "checkpoints").glob("step-*.pt"))[-1]) for r in (run, whole))
+    assert a["step"] == b["step"]
+    assert a["model"].keys() == b["model"].keys()
+    for name, tensor in a["model"].items():
+        if not name.endswith(".keys"):
+            assert torch.equal(tensor, b["model"][name]), name
+    for name in ("dictionary_video", "dictionary_audio", "pool_video", "pool_audio"):
+        assert torch.equal(a["model"][f"memory.{name}.keys"][:-1], b["model"][f"memory.{name}.keys"][:-1])
+    for i, moments in a["optimiser"]["state"].items():
+        assert all(torch.equal(value, b["optimiser"]["state"][i][name]) for name, value in moments.items())
+
+
+def test_metrics_are_complete_and_finite(whole: Path) -> None:
+    found = records(whole)
+    assert all(math.isfinite(value) for record in found for value in record.values())
+    steps = [record for record in found if "loss/total" in record]
+    held_out = [record for record in found if "held_out/R@1" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert [record["step"] for record in held_out] == [0, 6, 12]
+    assert {len(record) for record in steps[1:]} == {len(steps[-1])}
+    assert {len(record) for record in held_out} == {len(held_out[-1])}
+    for name in ("chance/audio_to_video", "optimiser/gradient_norm", "queries/effective_rank_audio", "dictionary_audio/classes"):
+        assert name in steps[-1]
+    assert held_out[0]["held_out/chance_R@1"] == pytest.approx(1 / EVAL_CLIPS)
+    clock = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if "speed/" in line]
+    assert all(record["speed/clips_per_s"] > 0 and 0 <= record["speed/waiting"] <= 1 for record in clock)
+
+
+def test_active_picks_begin_when_the_pool_holds_four_batches(whole: Path) -> None:
+    """All 16 clips are in the pools after step 4; from then on all 2 x 4 places go to picks, as the share of 1 says."""
+    picked = [record["selection/picked"] for record in records(whole) if "selection/picked" in record]
+    assert picked == [0] * 4 + [8] * 8
+    assert records(whole)[-2]["pool_video/entries"] == 16
+    assert records(whole)[-2]["dictionary_audio/entries"] == 10
+
+
+def test_everything_learns_and_the_rate_follows_its_schedule(data: str, whole: Path) -> None:
+    """Warm-up over 3 steps, then half a cosine over the other 9."""
+    rates = [record["optimiser/rate"] for record in records(whole) if "optimiser/rate" in record]
+    assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
+    assert rates[3:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * i / 9)) for i in range(9)])
+    last, earlier = (load_checkpoint(whole / "checkpoints" / f"step-{n:08d}.pt")["model"] for n in (12, 9))
+    learning = [name for name in last if name.endswith((".weight", ".bias"))]
+    assert {name.split(".")[0] for name in learning} == {"video", "audio", "key_video", "key_audio"}
+    assert not [name for name in learning if torch.equal(last[name], earlier[name])]
+
+
+def test_what_a_run_leaves(data: str, whole: Path) -> None:
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["latest", "step-00000009.pt", "step-00000012.pt"]
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved.pop("data") == data
+    assert from_json(saved) == TINY
+    assert not (whole / "quarantine.jsonl").exists()
+    numbers = final_numbers(whole)
+    assert numbers["held_out/R@5"] == records(whole)[-1]["held_out/R@5"]
+    assert numbers["speed/clips_per_s"] > 0
+
+
+def test_tensorboard_has_every_number(whole: Path) -> None:
+    assert_tensorboard(whole)
+
+
+def assert_tensorboard(run: Path) -> None:
+    """Each number of the log once, at its step."""
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("loss/total", "held_out/R@1", "queries/modality_gap"):
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        logged = [(record["step"], float(np.float32(record[name]))) for record in records(run) if name in record]
+        assert shown == logged, name
+
+
+def test_a_finished_run_is_left_as_it_is(data: str, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert (
+        pretrain(data, whole, TINY, report=lambda *_: pytest.fail("it trains on")) == whole / "checkpoints" / "step-00000012.pt"
+    )
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_picture(whole: Path) -> None:
+    path = draw_run(whole)
+    assert path == whole / "picture.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+class Child:
+    """A process that trains, and can be killed."""
+
+    def __init__(self, data: str, run: Path, config: PretrainConfig, pause: float) -> None:
+        self.run = run
+        code = CHILD.format(tests=str(Path(__file__).parent))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, data, str(run), json.dumps(to_json(config)), str(pause)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def wait_for(self, step: int) -> None:
+        """Until the log has this step, or the process is through."""
+        deadline = time.monotonic() + 120
+        log = self.run / "metrics.jsonl"
+        while self.process.poll() is None and not (log.exists() and f'{{"step": {step},' in log.read_text()):
+            assert time.monotonic() < deadline, f"step {step} does not come"
+            time.sleep(0.02)
+
+    def kill(self) -> int:
+        self.process.send_signal(signal.SIGKILL)
+        return self.process.wait()
+
+
+def test_killed_and_begun_again(data: str, whole: Path, tmp_path: Path) -> None:
+    """By kill -9 at a random step; the same call goes on from the last checkpoint, to the same losses bit for bit."""
+    kill_at = int(np.random.default_rng().integers(4, 11))
+    child = Child(data, tmp_path / "run", TINY, pause=0.3)
+    child.wait_for(kill_at)
+    assert child.kill() == -signal.SIGKILL
+    stood_at = [record["step"] for record in records(tmp_path / "run")][-1]
+    assert kill_at <= stood_at < 12, kill_at
+    steps: list[int] = []
+    pretrain(data, tmp_path / "run", TINY, lambda step, _: steps.append(step))
+    assert 1 < steps[0] <= stood_at + 1, kill_at
+    assert steps[-1] == 12
+    assert_same(tmp_path / "run", whole)
+    assert_tensorboard(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_killed_twenty_times(data: str, tmp_path: Path) -> None:
+    """At any moment: while it starts, inside a step, inside a checkpoint."""
+    config = change(TINY, {"steps": 120, "checkpoint_every": 2, "eval_every": 20})
+    pretrain(data, tmp_path / "whole", config)
+    rng, kills, run = np.random.default_rng(), 0, tmp_path / "run"
+    while kills < 20:
+        child = Child(data, run, config, pause=0.05)
+        if rng.random() < 0.9:
+            child.wait_for(max([r["step"] for r in records(run)], default=0) + 3 if (run / "metrics.jsonl").exists() else 3)
+        time.sleep(rng.uniform(0, 0.3))
+        assert child.kill() == -signal.SIGKILL
+        kills += 1
+    pretrain(data, run, config)
+    assert_same(run, tmp_path / "whole")
+    assert_tensorboard(run)
+
+
+def test_a_kill_before_the_first_checkpoint(data: str, whole: Path, tmp_path: Path) -> None:
+    """An exception here, which leaves the same files: a log without a checkpoint begins anew."""
+
+    def stop(step: int, _: dict[str, float]) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(data, tmp_path, TINY, stop)
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2]
+    pretrain(data, tmp_path, TINY)
+    assert_same(tmp_path, whole)
+    assert_tensorboard(tmp_path)
+
+
+def test_logging_and_checkpoints_change_nothing(data: str, whole: Path, tmp_path: Path) -> None:
+    """What is free to change: the same numbers at the steps that are logged."""
+    free = {"log_every": 4, "eval_every": 5, "checkpoint_every": 12, "loader.threads": 1, "loader.ahead": 3}
+    pretrain(data, tmp_path, change(TINY, free))
+    found, every = ({r["step"]: r for r in records(run) if "loss/total" in r} for run in (tmp_path, whole))
+    assert found == {step: every[step] for step in (4, 8, 12)}
+    assert [r["step"] for r in records(tmp_path) if "held_out/R@1" in r] == [0, 5, 10, 12]
+
+
+@pytest.mark.parametrize("name", ["objective.tau", "seed", "steps", "loader.batch"])
+def test_a_changed_option_is_refused(data: str, whole: Path, name: str) -> None:
+    before = sorted((p, p.read_bytes()) for p in whole.rglob("*") if p.is_file())
+    with pytest.raises(ValueError, match=rf"was begun with {name}=.*; use another run folder"):
+        pretrain(data, whole, change(TINY, {name: 9}))
+    assert sorted((p, p.read_bytes()) for p in whole.rglob("*") if p.is_file()) == before
+
+
+def test_a_changed_data_set_is_refused(whole: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "data", clips()[1:]).url
+    with pytest.raises(ValueError, match="has changed since this run's checkpoint"):
+        pretrain(other, whole, TINY)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """It names the step and its clips, keeps the last checkpoint, and takes no step with that gradient."""
+    from cmacc.train.model import CrossModal
+
+    forward, seen = CrossModal.forward, []
+
+    def spoilt(self: CrossModal, batch: Any, step: int, generator: torch.Generator) -> Any:
+        seen.append(batch.ids.tolist())
+        if step == after:
+            batch.audio[0, 0, 0, 0] = math.nan
+        return forward(self, batch, step, generator)
+
+    monkeypatch.setattr(CrossModal, "forward", spoilt)
+    with pytest.raises(
+        FloatingPointError, match=rf"^the gradient is not finite at step {after} \(clips .*\); .*: lower "
+    ) as raised:
+        pretrain(data, tmp_path, TINY)
+    keys = [clip.key for clip in clips()]
+    assert ", ".join(keys[i] for i in seen[-1]) in str(raised.value)
+    checkpoints = tmp_path / "checkpoints"
+    assert checkpoints.exists() == (after > 0)
+    if after:
+        state = load_checkpoint(checkpoints / (checkpoints / "latest").read_text())
+        assert state["step"] == 3
+        assert all(t.isfinite().all() for t in state["model"].values())
+    assert [record["step"] for record in records(tmp_path)] == list(range(after + 1))
+
+
+def test_a_rate_beyond_reason_stops_the_run(data: str, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the gradient is not finite at step [1-9]"):
+        pretrain(data, tmp_path, change(TINY, {"optimiser.rate": 1e30, "optimiser.warmup": 0}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bad_clips_are_put_down(tmp_path: Path) -> None:
+    """Once each, with their key and reason; the run goes on."""
+    some = [
+        with_members(c, **({"mp4": b"bad"} if i == 5 else {"flac": b"bad"} if i in (9, 18) else {}))
+        for i, c in enumerate(clips())
+    ]
+    pretrain(write_dataset(tmp_path / "data", some).url, tmp_path / "run", TINY)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert Counter(line["row"] for line in lines) == {5: 1, 9: 1}
+    assert all(line["key"] == some[line["row"]].key and "does not decode" in line["reason"] for line in lines)
+    assert records(tmp_path / "run")[-1]["held_out/chance_R@1"] == pytest.approx(1 / (EVAL_CLIPS - 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective.negatives": "batch"},
+        {"objective.queue": "fifo"},
+        {"objective.queue": "uniform"},
+        {"objective.negatives": "batch+dictionary", "objective.form": "prototype", "view.frames": 3},
+    ],
+)
+def test_other_forms_train(data: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    pretrain(data, tmp_path, change(TINY, {**changes, "steps": 6, "eval_every": 6}))
+    found = records(tmp_path)
+    assert all(math.isfinite(value) for record in found for value in record.values())
+    picks = [record["selection/picked"] for record in found if "selection/picked" in record]
+    expected = [0] * 6 if changes.get("objective.queue") == "fifo" or "batch" in changes.values() else [0] * 4 + [8] * 2
+    assert picks == expected
+
+
+def test_a_split_that_nobody_is_in(data: str, tmp_path: Path) -> None:
+    for name in ("split", "eval_split"):
+        with pytest.raises(Exception, match=r"no clip of .* is in split 'none'; its splits are 'eval', 'train'"):
+            pretrain(data, tmp_path, change(TINY, {name: "none"}))
