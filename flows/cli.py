@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -50,8 +51,18 @@ def main() -> None:
     except Exception as error:
         if not _is_refusal(error):
             raise
-        err_console.print(f"[red]cmacc:[/red] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        err_console.print(f"[red]cmacc:[/red] {_escape(_sentence(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+
+
+def _sentence(error: Exception) -> str:
+    """An error's own words, but for what the operating system says of a file: there the mend is missing."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room is left on the disk{where}; free some, and the same command continues: what was committed stays"
+    return f"{error.strerror}{where}; check that the path is right and that you may read and write there"
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -65,9 +65,9 @@ def ingest(
     """Download and transcode the clips of `manifests` into the data set `out`; returns the counts of its ledger.
 
     manifests: `PATH` or `SPLIT=PATH` each, any form that `cmacc.ingest.read_manifest` knows. url_template: address of a
-    YouTube id, with `{id}` in it. label_column: of a table, if none is named label. short_side, fps, gop: changes to the profile. retry: causes whose failures are tried
-    again. pause_s: seconds between downloads of one worker. timeout_s: for one source video. Raises ValueError,
-    DatasetError or IngestFailure with one sentence when the whole job cannot go on.
+    YouTube id, with `{id}` in it. label_column: of a table, if none is named label. short_side, fps, gop: changes to the
+    profile. retry: causes whose failures are tried again. pause_s: seconds between downloads of one worker. timeout_s: for
+    one source video. Raises ValueError, DatasetError or IngestFailure with one sentence when the whole job cannot go on.
     """
     if not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"workers is {workers}; give 1 to {MOST_WORKERS}")

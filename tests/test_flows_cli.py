@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,3 +111,21 @@ def test_one_sentence_for_what_is_wrong(
     assert "Traceback" not in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "x" / "dataset.json").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(cmacc, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The kernel's own limit on a file's size stands in for the full disk: a checkpoint does not fit."""
+    run = tmp_path / "run"
+    options = [part for option in TINY for part in ("--set", option)]
+    limited = " ".join(
+        ["ulimit -f 200;", "trap '' XFSZ;", "exec", *map(shlex.quote, cmacc.command("pretrain", data, "--out", run, *options))]
+    )
+    done = subprocess.run(
+        ["bash", "-c", limited], env=cmacc.environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list((run / "checkpoints").iterdir()) == []
+    cmacc("pretrain", data, "--out", run, *options)
+    assert (run / "checkpoints" / "latest").exists()

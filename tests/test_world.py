@@ -472,7 +472,7 @@ def test_serve_answers_ranges_and_keeps_to_its_folder(tiny: World, tmp_path: Pat
 
 @pytest.mark.long
 def test_no_shortcut_at_full_size(tmp_path: Path) -> None:
-    world = render_world(tmp_path, WorldConfig(seed=1))
+    world = render_world(tmp_path, WorldConfig())
     found, labels = collect(world, world.train_manifest)
     seen, heard = shortcuts(found)
     scores = {name: probe(features, labels) for name, features in (seen | heard).items()}

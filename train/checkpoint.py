@@ -32,8 +32,10 @@ def _publish(path: Path, data: bytes | dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)  # it takes up the room that may be missing
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save hides what the write said behind a position of its own
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
