@@ -19,7 +19,6 @@ from pathlib import Path
 VARIANTS: dict[str, dict[str, str]] = {
     "active picks + batch keys (the demo)": {},
     "random queue (FIFO) + batch keys": {"objective.queue": "fifo"},
-    "uniform picks + batch keys": {"objective.queue": "uniform"},
     "batch negatives alone": {"objective.negatives": "batch"},
     "dictionary alone, active": {"objective.negatives": "dictionary"},
     "dictionary alone, active, m = .999": {"objective.negatives": "dictionary", "objective.momentum": "0.999"},

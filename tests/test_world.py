@@ -58,8 +58,12 @@ def rows(manifest: Path) -> list[tuple[str, float, float, str]]:
 
 @dataclass(frozen=True)
 class Take:
-    """A clip as a learner could get it. luma: (T, H, W); colour: mean RGB (3,); sound: (S,); source, recoded: encoding traces."""
+    """A clip as a learner could get it. file: id of its source; luma: (T, H, W); colour: mean RGB, (3,); sound: (S,).
 
+    source_video, source_audio, video, audio: encoding traces of the source and of the clip encoded anew.
+    """
+
+    file: str
     luma: NDArray[np.uint8]
     colour: Array
     sound: Array
@@ -90,6 +94,7 @@ def takes(path: Path, spans: list[tuple[float, float]]) -> list[Take]:
         rgb = np.stack([frame.to_ndarray(format="rgb24") for frame in cut])
         out.append(
             Take(
+                path.stem,
                 np.stack([frame.to_ndarray(format="gray") for frame in cut]),
                 rgb.mean((0, 1, 2)),
                 heard,
@@ -176,14 +181,16 @@ def probe(features: Array, labels: NDArray[np.str_], folds: int = 5) -> float:
     return right / len(labels)
 
 
-def pairing_probe(seen: Array, heard: Array, folds: int = 5) -> float:
+def pairing_probe(seen: Array, heard: Array, files: list[str], folds: int = 5) -> float:
     """Cross-validated accuracy of telling a clip's own sound from another's, from both streams' features and their products.
 
-    Clips are dealt to folds first and strangers are taken inside a fold, so that no clip is on both sides.
+    Files are dealt to folds first and strangers are taken inside a fold, so that neither a clip nor the quality of a file
+    (one for all its clips) is on both sides.
     """
     rng = np.random.default_rng(0)
     x, y = StandardScaler().fit_transform(seen), StandardScaler().fit_transform(heard)
-    fold = rng.permutation(len(x)) % folds
+    names, number_of = np.unique(files, return_inverse=True)
+    fold = (rng.permutation(len(names)) % folds)[number_of]
     pairs, matched, side = [], [], []
     for number in range(folds):
         own = rng.permutation(np.flatnonzero(fold == number))
@@ -403,8 +410,9 @@ def test_no_shortcut_tells_the_class(measured: tuple[list[Take], NDArray[np.str_
 
 def test_no_shortcut_tells_the_pairing(measured: tuple[list[Take], NDArray[np.str_]]) -> None:
     seen, heard = shortcuts(measured[0])
-    scores = {(a, b): pairing_probe(x, y) for a, x in seen.items() for b, y in heard.items()}
-    scores["all", "all"] = pairing_probe(np.concatenate(list(seen.values()), 1), np.concatenate(list(heard.values()), 1))
+    files = [take.file for take in measured[0]]
+    scores = {(a, b): pairing_probe(x, y, files) for a, x in seen.items() for b, y in heard.items()}
+    scores["all", "all"] = pairing_probe(np.concatenate([*seen.values()], 1), np.concatenate([*heard.values()], 1), files)
     limit = bound(0.5, 2 * len(measured[0]))
     assert all(score < limit for score in scores.values()), (limit, scores)
 
@@ -477,5 +485,6 @@ def test_no_shortcut_at_full_size(tmp_path: Path) -> None:
     seen, heard = shortcuts(found)
     scores = {name: probe(features, labels) for name, features in (seen | heard).items()}
     assert max(scores.values()) < bound(1 / len(CLASSES), len(labels)), scores
-    pairs = {(a, b): pairing_probe(x, y) for a, x in seen.items() for b, y in heard.items()}
+    files = [take.file for take in found]
+    pairs = {(a, b): pairing_probe(x, y, files) for a, x in seen.items() for b, y in heard.items()}
     assert max(pairs.values()) < bound(0.5, 2 * len(labels)), pairs

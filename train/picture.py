@@ -89,7 +89,7 @@ def _diversity(axes: Axes, records: list[dict[str, Any]], classes: int) -> None:
         _curve(axes, shares, "share", f"{label}: share of {classes} classes", color=colour, linestyle=":")
     axes.set(title="dictionary diversity", xlabel="step", ylim=(-0.05, 1.05))
     if axes.lines:
-        axes.legend()
+        axes.legend(fontsize="small", loc="center right")
 
 
 def _neighbours(figure: Figure, grid: Any, dataset: Dataset, trained: Trained, embedded: Embedded, reader: ViewReader) -> None:
