@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -16,7 +18,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from cmacc.flows.pack import Packer
 from cmacc.flows.progress import progress, table, under_prefect
-from cmacc.ingest import Cause, FetchOptions, Ledger, Limits, Manifest, Outcome, SourceVideo, read_manifest, stop_all, work
+from cmacc.ingest import Cause, FetchOptions, IngestFailure, Ledger, Manifest, Outcome, SourceVideo, read_manifest, stop_all, work
 from cmacc.ingest.manifest import Format
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.profile import Profile, profile
@@ -29,18 +31,33 @@ VIDEOS_A_TASK = 32
 """A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
 
 
+@dataclass(frozen=True)
+class HowTo:
+    """How source videos are worked on. timeout_s: wall-clock seconds for one of them."""
+
+    profile: Profile
+    staging: Path
+    options: FetchOptions
+    timeout_s: float
+
+
+class Worked(NamedTuple):
+    """What became of a group's clips, and the failure that halts the whole run (a rate limit, a full disk), if one came."""
+
+    outcomes: list[Outcome]
+    halt: IngestFailure | None
+
+
 @task(task_run_name="videos {first}", cache_policy=NO_CACHE)
-def work_on(
-    first: int,
-    videos: Sequence[SourceVideo],
-    kind: Profile,
-    staging: Path,
-    options: FetchOptions,
-    limits: Limits,
-    timeout_s: float,
-) -> list[Outcome]:
+def work_on(first: int, videos: Sequence[SourceVideo], how: HowTo) -> Worked:
     """Fetch and cut a group of source videos in a child process. first: number of the first of them, for the run's name."""
-    return list(work(videos, profile=kind, staging=staging, options=options, limits=limits, timeout_s=timeout_s))
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in work(videos, profile=how.profile, staging=how.staging, options=how.options, timeout_s=how.timeout_s):
+            outcomes.append(outcome)
+    except IngestFailure as halt:
+        return Worked(outcomes, halt)
+    return Worked(outcomes, None)
 
 
 @flow(name="ingest", log_prints=False)
@@ -76,6 +93,7 @@ def ingest(
     options = FetchOptions(cookies=cookies, proxy=proxy, pause_s=pause_s)
     lists = [_read(text, manifest_format, url_template, label_column) for text in manifests]
     home = Path(out)
+    halted: IngestFailure | None = None
     with Ledger(home / "ingest" / "ledger.sqlite") as ledger:
         for manifest in lists:
             ledger.add(manifest)
@@ -95,48 +113,51 @@ def ingest(
             packer.pack(writer)
             # Every pending clip has one outcome; failures to be tried again are pending too by now.
             todo = sum(len(v.requests) for v in videos)
-            with progress("ingest", total=todo) as tell:
+            working = _worked(videos, HowTo(kind, packer.staging, options, timeout_s), workers)
+            with progress("ingest", total=todo) as tell, closing(working):
                 done = failed = 0
-                for outcomes in _outcomes(videos, kind, packer.staging, options, Limits(), timeout_s, workers):
+                for outcomes, halt in working:
                     ledger.record(outcomes)
                     packer.pack(writer)
                     done, failed = done + len(outcomes), failed + sum(o.cause is not None for o in outcomes)
                     tell(done, f"{failed} failed")
+                    if halt:
+                        halted = halt
+                        break
         counts = ledger.counts()
         summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
                    "pending": counts.pending, "causes": counts.causes}  # fmt: skip
     _report(summary)
+    if halted:
+        raise IngestFailure(
+            halted.cause, f"{halted.detail}; {counts.done} clips are done and safe, the same command goes on later"
+        )
     if not counts.done:
         raise ValueError(f"no clip of {', '.join(manifests)} could be had ({_in_words(counts.causes)}); nothing was written")
     log.info("%s: %d clips; %s", home, len(Dataset.open(home)), _in_words(counts.causes))
     return summary
 
 
-def _outcomes(
-    videos: Sequence[SourceVideo],
-    kind: Profile,
-    staging: Path,
-    options: FetchOptions,
-    limits: Limits,
-    timeout_s: float,
-    workers: int,
-) -> Iterator[list[Outcome]]:
-    """Outcomes, group by group, in the order of the manifests, so that shards do not depend on who is done first."""
+def _worked(videos: Sequence[SourceVideo], how: HowTo, workers: int) -> Generator[Worked, None, None]:
+    """Group by group, in the order of the manifests, so that shards do not depend on who is done first.
+
+    Closing the generator, or an error in it, kills the children and drops the groups that wait.
+    """
     size = max(1, min(VIDEOS_A_TASK, -(-len(videos) // (4 * workers))))
     groups = deque((i, videos[i : i + size]) for i in range(0, len(videos), size))
-    settings: Any = {"kind": kind, "staging": staging, "options": options, "limits": limits, "timeout_s": timeout_s}
     waiting: deque[Any] = deque()
     pool: Any = ThreadPoolTaskRunner(max_workers=workers) if under_prefect() else ThreadPoolExecutor(workers)
-    try:
-        with pool:
+    with pool:
+        try:
             while groups or waiting:
                 while groups and len(waiting) < 2 * workers:
-                    first, group = groups.popleft()
-                    job = {"first": first, "videos": group, **settings}
+                    job = dict(zip(("first", "videos", "how"), (*groups.popleft(), how), strict=True))
                     waiting.append(pool.submit(work_on, job) if under_prefect() else pool.submit(work_on.fn, **job))
                 yield waiting.popleft().result()
-    finally:
-        stop_all()
+        finally:
+            for future in waiting:
+                getattr(future, "wrapped_future", future).cancel()
+            stop_all()
 
 
 def _read(text: str, manifest_format: Format, url_template: str | None, label_column: str) -> Manifest:

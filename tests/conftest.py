@@ -12,7 +12,12 @@ import pytest
 
 # Before Prefect is imported anywhere: no user's profile, server or telemetry may reach into the tests.
 os.environ.pop("PREFECT_API_URL", None)
-os.environ.update(DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_LOGGING_LEVEL="ERROR")
+os.environ.update(
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_LOGGING_LEVEL="ERROR",
+    PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="ignore",
+)
 
 REPOSITORY = Path(__file__).parents[1]
 REAL = REPOSITORY.parent / "shared" / "data"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import webdataset
 
 from cmacc.flows.ingest import ingest
-from cmacc.ingest import Ledger
+from cmacc.ingest import Cause, IngestFailure, Ledger
 from cmacc.ingest.world import World, WorldConfig, render_world, serve
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.lint import lint
@@ -106,6 +108,42 @@ def test_failures_are_tried_again_by_cause(world: World, tmp_path: Path) -> None
     assert ingest([str(table)], str(tmp_path / "data"), **SMALL)["causes"] == {"gone": 1}
     assert ingest([str(table)], str(tmp_path / "data"), retry=["gone"], **SMALL)["done"] == 2
     assert not lint(tmp_path / "data")
+
+
+class TooMany(BaseHTTPRequestHandler):
+    """A site that has had enough: every request is answered by 429."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(429)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+def test_a_rate_limit_stops_the_run_and_loses_nothing(world: World, tmp_path: Path) -> None:
+    good = next(iter(sorted((world.root / "media").glob("*.mp4"))))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), TooMany)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    table = tmp_path / "list.csv"
+    table.write_text("url,start,end\n" + f"{good},0.5,1.5\n" + "".join(f"{url}/{i}.mp4,0,1\n" for i in range(40)))
+    with pytest.raises(IngestFailure, match="1 clips are done and safe, the same command goes on later") as stopped:
+        ingest.fn([str(table)], str(tmp_path / "data"), workers=1, **SMALL)
+    server.shutdown()
+    assert stopped.value.cause is Cause.RATE_LIMITED
+    assert len(Dataset.open(tmp_path / "data")) == 1
+    assert TooMany.asked < 20
+    with Ledger(tmp_path / "data" / "ingest" / "ledger.sqlite") as ledger:
+        counts = ledger.counts()
+    assert counts.rows == 41
+    assert counts.pending >= 39
 
 
 def kill_and_continue(cmacc, world: World, unbroken: Path, home: Path, kills: int, draw: random.Random) -> None:  # type: ignore[no-untyped-def]

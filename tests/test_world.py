@@ -185,7 +185,8 @@ def pairing_probe(seen: Array, heard: Array, files: list[str], folds: int = 5) -
     """Cross-validated accuracy of telling a clip's own sound from another's, from both streams' features and their products.
 
     Files are dealt to folds first and strangers are taken inside a fold, so that neither a clip nor the quality of a file
-    (one for all its clips) is on both sides.
+    (one for all its clips) is on both sides. The two pairs of a clip are not independent: its deviation under shuffling is
+    that of one trial a clip.
     """
     rng = np.random.default_rng(0)
     x, y = StandardScaler().fit_transform(seen), StandardScaler().fit_transform(heard)
@@ -413,7 +414,7 @@ def test_no_shortcut_tells_the_pairing(measured: tuple[list[Take], NDArray[np.st
     files = [take.file for take in measured[0]]
     scores = {(a, b): pairing_probe(x, y, files) for a, x in seen.items() for b, y in heard.items()}
     scores["all", "all"] = pairing_probe(np.concatenate([*seen.values()], 1), np.concatenate([*heard.values()], 1), files)
-    limit = bound(0.5, 2 * len(measured[0]))
+    limit = bound(0.5, len(files))
     assert all(score < limit for score in scores.values()), (limit, scores)
 
 
@@ -487,4 +488,4 @@ def test_no_shortcut_at_full_size(tmp_path: Path) -> None:
     assert max(scores.values()) < bound(1 / len(CLASSES), len(labels)), scores
     files = [take.file for take in found]
     pairs = {(a, b): pairing_probe(x, y, files) for a, x in seen.items() for b, y in heard.items()}
-    assert max(pairs.values()) < bound(0.5, 2 * len(labels)), pairs
+    assert max(pairs.values()) < bound(0.5, len(labels)), pairs

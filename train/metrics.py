@@ -1,11 +1,16 @@
-"""A run's numbers on disk: one JSON object a line."""
+"""A run's numbers on disk: one JSON object a line, and TensorBoard's events."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with the step and its numbers at every log and evaluation."""
 
 
 class MetricsLog:
@@ -35,3 +40,23 @@ class MetricsLog:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+class RunLog:
+    """Where a run's numbers go: `metrics.jsonl`, TensorBoard, and whoever asked for a report."""
+
+    def __init__(self, run: Path, after: int, report: Report | None) -> None:
+        self._lines = MetricsLog(run / "metrics.jsonl", after)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1 if after else 0)
+        self._report = report
+
+    def tell(self, step: int, facts: dict[str, float]) -> None:
+        self._lines.write(step, facts)
+        for name, value in facts.items():
+            self._board.add_scalar(name, value, step)
+        if self._report:
+            self._report(step, facts)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()

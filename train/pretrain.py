@@ -6,18 +6,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from cmacc.shards.dataset import Dataset
 from cmacc.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cmacc.train.config import OptimiserConfig, PretrainConfig, check_same_run, to_json
 from cmacc.train.loader import BadClip, TrainingLoader
-from cmacc.train.metrics import MetricsLog
+from cmacc.train.metrics import MetricsLog, Report, RunLog
 from cmacc.train.model import CrossModal
 from cmacc.train.monitor import step_facts
 from cmacc.train.retrieval import embed, held_out_rows, retrieval
@@ -25,9 +23,6 @@ from cmacc.train.schedule import warmup_constant, warmup_cosine
 from cmacc.train.views import generator
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[int, dict[str, float]], None]
-"""Called with the step and its numbers at every log and evaluation."""
 
 
 def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None = None) -> Path:
@@ -50,37 +45,20 @@ def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None
     )
     held_out = held_out_rows(dataset, config.eval_split, config.eval_clips)
 
-    step = 0
     checkpoints = run / "checkpoints"
     last = latest_checkpoint(checkpoints)
-    if last:
-        state = load_checkpoint(last, device)
-        check_same_run(json.loads(state["config"]), config, run)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        loader.load_state_dict(json.loads(state["loader"]))
-        step = int(state["step"])
-        log.info("continuing %s from step %d", run, step)
+    step = _continue(last, run, config, model, optimiser, loader) if last else 0
     (run / "config.json").write_text(json.dumps({"data": data, **to_json(config)}, indent=2) + "\n")
-
-    def checkpoint() -> Path:
-        state = {"config": json.dumps(to_json(config)), "loader": json.dumps(loader.state_dict())}
-        return save_checkpoint(checkpoints, step, {**state, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
-
-    metrics = MetricsLog(run / "metrics.jsonl", after=step)
-    board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
-
-    def tell(facts: dict[str, float]) -> None:
-        metrics.write(step, facts)
-        for name, value in facts.items():
-            board.add_scalar(name, value, step)
-        if report:
-            report(step, facts)
+    numbers = RunLog(run, after=step, report=report)
 
     def evaluate() -> None:
         if len(held_out) > 1:
             embedded = embed(dataset, held_out, config.view, config.loader, model.video, model.audio)
-            tell({f"held_out/{name}": value for name, value in retrieval(embedded).items()})
+            numbers.tell(step, {f"held_out/{name}": value for name, value in retrieval(embedded).items()})
+
+    def checkpoint() -> Path:
+        state = {"config": json.dumps(to_json(config)), "loader": json.dumps(loader.state_dict())}
+        return save_checkpoint(checkpoints, step, {**state, "model": model.state_dict(), "optimiser": optimiser.state_dict()})
 
     batches = iter(loader)
     clock = _Clock(loader)
@@ -106,7 +84,7 @@ def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None
             if step % config.log_every == 0 or step == config.steps:
                 facts = step_facts(model, result, q_video.detach(), q_audio.detach(), step)
                 facts |= {"optimiser/gradient_norm": float(norm), "optimiser/rate": float(optimiser.param_groups[0]["lr"])}
-                tell(facts | clock.facts())
+                numbers.tell(step, facts | clock.facts())
             if step % config.eval_every == 0 or step == config.steps:
                 evaluate()
                 clock.restart()
@@ -115,9 +93,21 @@ def pretrain(data: str, run: Path, config: PretrainConfig, report: Report | None
                 clock.restart()
     finally:
         loader.close()
-        board.close()
-        metrics.close()
+        numbers.close()
     return last or checkpoint()
+
+
+def _continue(
+    last: Path, run: Path, config: PretrainConfig, model: CrossModal, optimiser: torch.optim.Optimizer, loader: TrainingLoader
+) -> int:
+    """Put everything back as the checkpoint `last` has it; returns its step."""
+    state = load_checkpoint(last, next(model.parameters()).device)
+    check_same_run(json.loads(state["config"]), config, run)
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    loader.load_state_dict(json.loads(state["loader"]))
+    log.info("continuing %s from step %d", run, state["step"])
+    return int(state["step"])
 
 
 def _rate(config: OptimiserConfig, step: int, steps: int) -> float:
