@@ -353,6 +353,10 @@ def demo(
     options: Annotated[list[str] | None, typer.Option("--set", help="name=value of the training recipe.")] = None,
 ) -> None:
     """The main job, whole: render the sample world, serve it, ingest it through yt-dlp, pretrain, evaluate."""
+    # A temporary server with a database of its own: the demo leans on no other, and writes into none.
+    os.environ.pop("PREFECT_API_URL", None)
+    os.environ["PREFECT_HOME"] = str((out / "prefect").resolve())
+
     from cmacc.flows.demo import demo as run_demo
     from cmacc.ingest.world import WorldConfig
 
