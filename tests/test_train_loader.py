@@ -278,22 +278,6 @@ def test_the_producer_waits_for_the_consumer(data: Dataset, make: Callable[..., 
     assert loader.position == 4
 
 
-def test_a_source_that_fails_is_no_bad_clip(
-    data: Dataset, make: Callable[..., TrainingLoader], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, told = Dataset.read, []
-
-    def failing(self: Dataset, row: int, *args: object) -> dict[str, bytes]:
-        if row == 6:
-            raise ConnectionResetError("the server went away")
-        return read(self, row, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Dataset, "read", failing)
-    with pytest.raises(ConnectionResetError, match="the server went away"):
-        take(make(data, on_bad=told.append), 4)
-    assert not told
-
-
 def test_a_lost_shard_is_no_bad_clip(tmp_path: Path, make: Callable[..., TrainingLoader]) -> None:
     data = write_dataset(tmp_path / "data", clips())
     (tmp_path / "data" / "clips-000001.tar").unlink()

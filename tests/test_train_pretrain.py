@@ -23,7 +23,6 @@ from train_data import EVAL_CLIPS, TINY, clips, with_members, write_dataset
 from cmacc.train.checkpoint import load_checkpoint
 from cmacc.train.config import PretrainConfig, change, from_json, to_json
 from cmacc.train.metrics import MetricsLog
-from cmacc.train.model import CrossModal
 from cmacc.train.picture import draw_run
 from cmacc.train.pretrain import final_numbers, pretrain
 
@@ -254,6 +253,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """It names the step and its clips, keeps the last checkpoint, and takes no step with that gradient."""
+    from cmacc.train.model import CrossModal
+
     forward, seen = CrossModal.forward, []
 
     def spoilt(self: CrossModal, batch: Any, step: int, generator: torch.Generator) -> Any:

@@ -16,7 +16,6 @@ from train_data import LOADER, TINY, VIEW, clips, unit, with_members, write_data
 from cmacc.train.checkpoint import CheckpointError, save_checkpoint
 from cmacc.train.config import change, to_json
 from cmacc.train.embed import embed_dataset
-from cmacc.train.loader import evaluation_batches
 from cmacc.train.model import CrossModal
 from cmacc.train.trained import Trained, export, load_trained
 
@@ -149,6 +148,8 @@ def test_embed_dataset(run: Path, tmp_path: Path) -> None:
     assert np.isnan(video).all(1).tolist() == np.isnan(audio).all(1).tolist() == [False, False, True, False, False, False]
     good = [0, 1, 3, 4, 5]
     assert np.abs(video[good] - before[good]).max() > 0.01
+    from cmacc.train.loader import evaluation_batches
+
     for batch in evaluation_batches(data, VIEW, LOADER, np.array(good)):
         rows = batch.ids.numpy()
         assert np.allclose(video[rows], trained.video(batch.video).detach().numpy(), atol=1e-3)
