@@ -6,10 +6,24 @@ import errno
 import re
 from collections.abc import Iterator
 from enum import StrEnum
+from typing import NamedTuple
+
+HOUR_S = 3600.0
+
+
+class Retry(NamedTuple):
+    """How often a failed clip is tried again by itself, and how many seconds after the last attempt at the earliest."""
+
+    times: int
+    after_s: float
 
 
 class Cause(StrEnum):
-    """The named causes. `retry`: another pass may succeed by itself. `halts`: going on makes it worse, so the run stops."""
+    """The named causes, each with its rule.
+
+    `retry`: when another attempt is made without being asked for. `parks`: the site has had enough, so nothing more is asked
+    of it for a while. `stops`: no clip's fault, and going on makes it worse, so the run ends.
+    """
 
     GONE = "gone"
     PRIVATE = "private"
@@ -30,22 +44,38 @@ class Cause(StrEnum):
     UNDECODABLE = "undecodable"
     ENCRYPTED = "encrypted"
     DESYNC = "desync"
+    NEAR_DUPLICATE = "near-duplicate"
+    TOO_LARGE = "too-large"
+    OPTED_OUT = "opted-out"
     TIMEOUT = "timeout"
     CRASH = "crash"
     BAD_ROW = "bad-row"
     DISK_FULL = "disk-full"
 
     @property
-    def retry(self) -> bool:
-        return self in _RETRY or self.halts
+    def retry(self) -> Retry:
+        return _RETRY.get(self, Retry(0, 0.0))
 
     @property
-    def halts(self) -> bool:
-        return self in _HALTS
+    def parks(self) -> bool:
+        return self in (Cause.BOT_CHECK, Cause.RATE_LIMITED)
+
+    @property
+    def stops(self) -> bool:
+        return self is Cause.DISK_FULL
 
 
-_RETRY = {Cause.LIVE, Cause.FORBIDDEN, Cause.NETWORK, Cause.EXTRACTOR, Cause.TIMEOUT}
-_HALTS = {Cause.BOT_CHECK, Cause.RATE_LIMITED, Cause.DISK_FULL}
+_RETRY = {
+    Cause.LIVE: Retry(7, 24 * HOUR_S),
+    Cause.FORBIDDEN: Retry(2, 6 * HOUR_S),
+    Cause.BOT_CHECK: Retry(1000, HOUR_S),
+    Cause.RATE_LIMITED: Retry(1000, HOUR_S),
+    Cause.NETWORK: Retry(5, HOUR_S / 6),
+    Cause.EXTRACTOR: Retry(2, HOUR_S),
+    Cause.TIMEOUT: Retry(1, HOUR_S),
+    Cause.CRASH: Retry(1, HOUR_S / 6),
+    Cause.DISK_FULL: Retry(1000, 0.0),
+}
 
 
 class IngestFailure(Exception):
