@@ -77,7 +77,7 @@ def ingest_video(video: SourceVideo, profile: Profile, staging: Path, options: F
             staged.commit()
     except Exception as error:
         failure = error if isinstance(error, IngestFailure) else _unforeseen(error)
-        if failure.cause.halts:
+        if failure.cause.stops:
             raise failure from error
         outcomes = [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
     share = (time.monotonic() - begun) / max(len(outcomes), 1)

@@ -101,7 +101,7 @@ def _cut_run(run: list[Cut], moments: Iterator[Moment]) -> Iterator[Outcome]:
             cut = waiting.pop(0)
             yield cut.request, _guarded(cut.finish)
     except IngestFailure as failure:
-        if failure.cause.halts:
+        if failure.cause.stops:
             raise
         yield from ((cut.request, failure) for cut in waiting)
     finally:
@@ -129,7 +129,7 @@ def _failure(error: Exception) -> IngestFailure:
     """Raises it when it is the disk's fault and no clip's."""
     if isinstance(error, IngestFailure):
         return error
-    if isinstance(error, OSError) and (failure := failure_from(error)).cause.halts:
+    if isinstance(error, OSError) and (failure := failure_from(error)).cause.stops:
         raise failure from error
     return IngestFailure(Cause.UNDECODABLE, f"no clip can be encoded from it: {error}")
 

@@ -102,7 +102,7 @@ def _one_child(job: dict[str, Any], videos: Sequence[SourceVideo], timeout_s: fl
     log.warning("%s: %s", video.source, failure)
     if failure.cause is not Cause.DISK_FULL:  # which is no clip's fault
         yield [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
-    if failure.cause.halts:
+    if failure.cause.stops:
         raise failure
 
 

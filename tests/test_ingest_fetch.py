@@ -207,11 +207,14 @@ def test_the_true_error_is_found_inside() -> None:
 
 
 def test_each_cause_knows_whether_to_try_again() -> None:
-    assert {c for c in Cause if c.halts} == {Cause.BOT_CHECK, Cause.RATE_LIMITED, Cause.DISK_FULL}
-    assert {c for c in Cause if c.retry and not c.halts} == {
+    assert {c for c in Cause if c.stops} == {Cause.DISK_FULL}
+    assert {c for c in Cause if c.parks} == {Cause.BOT_CHECK, Cause.RATE_LIMITED}
+    assert {c for c in Cause if c.retry.times} - {c for c in Cause if c.stops or c.parks} == {
         Cause.LIVE,
         Cause.FORBIDDEN,
         Cause.NETWORK,
         Cause.EXTRACTOR,
         Cause.TIMEOUT,
+        Cause.CRASH,
     }
+    assert all(c.retry.after_s >= 3600 for c in Cause if c.parks)
