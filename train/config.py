@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
+from cmacc.shards import options
+from cmacc.shards.options import change, flatten
 from cmacc.train.encoders import EncoderConfig
 from cmacc.train.loader import LoaderConfig
 from cmacc.train.objective import ObjectiveConfig
@@ -63,6 +63,18 @@ class PretrainConfig:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
 
 
+__all__ = [
+    "RECIPES",
+    "OptimiserConfig",
+    "PretrainConfig",
+    "change",
+    "check_same_run",
+    "flatten",
+    "from_json",
+    "recipe",
+    "to_json",
+]
+
 FREE_TO_CHANGE = frozenset({"log_every", "eval_every", "checkpoint_every", "loader.threads", "loader.ahead"})
 """What may differ between a run's start and its continuation: it does not change what is computed."""
 
@@ -104,44 +116,7 @@ def to_json(config: PretrainConfig) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> PretrainConfig:
     """Raises ValueError with a sentence for an unknown field, a wrong type or a value its owner refuses."""
-    _refuse_unknown(PretrainConfig, data, "")
-    try:
-        return TypeAdapter(PretrainConfig).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise ValueError(reason if "is " in reason and ";" in reason else f"{name}: {reason}; mend that value") from None
-
-
-def _refuse_unknown(owner: type, data: dict[str, Any], prefix: str) -> None:
-    types = get_type_hints(owner)
-    for name, value in data.items():
-        if name not in types:
-            raise ValueError(f"there is no option {prefix}{name}; {prefix.rstrip('.') or 'a run'} has {', '.join(types)}")
-        if isinstance(value, dict) and is_dataclass(types[name]):
-            _refuse_unknown(types[name], value, f"{prefix}{name}.")
-
-
-def change(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
-    """`config` with values replaced by dotted name, e.g. `{"objective.tau": "0.1"}`; text is converted to the field's type."""
-    data = to_json(config)
-    for name, value in changes.items():
-        *path, last = name.split(".")
-        owner = data
-        for part in path:
-            owner = owner.setdefault(part, {}) if isinstance(owner, dict) else {}
-        if not isinstance(owner, dict) or isinstance(owner.get(last), dict):
-            raise ValueError(f"option {name} is not a single value; give one of its fields, as in objective.tau=0.1")
-        owner[last] = value
-    return from_json(data)
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"objective": {"tau": 1}}` to `{"objective.tau": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return options.from_json(PretrainConfig, data)
 
 
 def check_same_run(saved: dict[str, Any], config: PretrainConfig, where: Path) -> None:
