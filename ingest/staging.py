@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from cmacc.shards.clip import Clip, Facts
+from cmacc.shards.clip import Clip
+from cmacc.shards.facts import facts_from_json, facts_to_json
 
 
 class StagedWriter:
@@ -31,7 +30,7 @@ class StagedWriter:
 
     def add(self, clip: Clip) -> int:
         """Returns the clip's bytes."""
-        members = {**clip.members, "json": json.dumps(asdict(clip.facts)).encode()}
+        members = {**clip.members, "json": facts_to_json(clip.facts)}
         for extension, data in members.items():
             info = tarfile.TarInfo(f"{clip.key}.{extension}")
             info.size = len(data)
@@ -89,7 +88,7 @@ def staged_keys(path: Path) -> set[str]:
 
 
 def read_staged(path: Path) -> Iterator[Clip]:
-    """The clips of a staged tar, one at a time. Raises OSError or tarfile.TarError if it is damaged."""
+    """The clips of a staged tar, one at a time. Raises OSError, ValueError or tarfile.TarError if it is damaged."""
     members: dict[str, bytes] = {}
     with tarfile.open(path, "r:") as tar:
         for info in tar:
@@ -99,7 +98,5 @@ def read_staged(path: Path) -> Iterator[Clip]:
             if extension != "json":
                 members[extension] = file.read()
                 continue
-            facts = json.loads(file.read())
-            lists = {field: tuple(facts[field]) for field in ("keyframes", "labels")}
-            yield Clip(key, Facts(**{**facts, **lists}), members)
+            yield Clip(key, facts_from_json(file.read()), members)
             members = {}

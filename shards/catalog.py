@@ -1,7 +1,7 @@
 """The catalog: one Zarr v3 group, one row per clip, every column on its own.
 
 Numbers are arrays of n rows; text and lists are pairs of arrays, `values` and `offsets` (n + 1), as in Arrow;
-labels and splits are codes into a vocabulary kept in the column's attributes. The rows that count are the first
+labels and splits are codes into a vocabulary kept in the column's attributes; captions stay in the json member. The rows that count are the first
 `rows` alone, as `dataset.json` has them: what lies behind them is left from an append that was never committed.
 """
 
@@ -22,6 +22,7 @@ import zarr
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
 
 from cmacc.shards.clip import Facts
 from cmacc.shards.errors import DatasetError
@@ -38,10 +39,13 @@ FACTS = {
     "height": "int32",
     "loudness_db": "float64",
     "motion": "float64",
+    "av_offset_s": "float64",
+    "av_trust": "float64",
 }
-LISTS = {"key": "uint8", "source": "uint8", "keyframes": "int32", "labels": "int32"}
+LISTS = {"key": "uint8", "source": "uint8", "keyframes": "int32", "labels": "int32", "duplicate_of": "uint8"}
 CODED = ("labels", "split")
-TEXTS = ("key", "source", "split")
+TEXTS = ("key", "source", "split", "duplicate_of")
+LATER = ("av_offset_s", "av_trust", "fingerprint", "duplicate_of")  # a catalog that was made without them reads as 0 and ""
 
 _CHUNK = 8192  # elements read at the least; a shard of 32 chunks is one file, 40 of them at 10 million rows
 _CHUNKS_A_SHARD = 32
@@ -86,17 +90,13 @@ class Catalog:
         """A new, empty catalog in place of whatever was at `path`; it appears by rename."""
         part = path.with_name(f".{path.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        group = zarr.create_group(part, zarr_format=3, attributes={"members": list(members)})
+        group = zarr.create_group(part, zarr_format=3, attributes={"members": list(members), "later": list(LATER)})
         media = len(members) - 1
-        for name, dtype in {"shard": "int32", **FACTS, "split": "int16"}.items():
-            _array(group, name, (), dtype)
         _array(group, "offset", (len(members),), "int64")
         _array(group, "size", (len(members),), "int64")
         _array(group, "sha256", (media, 32), "uint8")
-        for name, dtype in LISTS.items():
-            pair = group.create_group(name)
-            _array(pair, "values", (), dtype)
-            _array(pair, "offsets", (), "int64", rows=1)
+        for name in ("shard", "split", *FACTS, *LISTS, "fingerprint"):
+            _fact(group, name)
         for name in CODED:
             group[name].update_attributes({"vocabulary": []})
         sync_tree(part, 0)
@@ -124,7 +124,8 @@ class Catalog:
         return min(self.rows, array.shape[0]), *array.shape[1:]
 
     def column(self, name: str, rows: slice | NDArray[np.integer] | None = None) -> NDArray[Any]:
-        """A column of numbers, (n, ...): `shard`, a fact, `offset` or `size` (n, members), `sha256` (n, media, 32), an added one.
+        """A column of numbers, (n, ...): `shard`, a fact, `offset` or `size` (n, members), `sha256` (n, media, 32),
+        `fingerprint` uint64 (n, 4), an added one.
 
         rows: a slice or row numbers (default: all). Raises DatasetError when there is no such column, or when the
         column was added before the data set grew.
@@ -150,7 +151,7 @@ class Catalog:
         return dict(self._node(name).attrs)
 
     def ragged(self, name: str, rows: slice | None = None) -> Ragged:
-        """A column of lists: `keyframes` (frame numbers), `labels` (codes), `key` and `source` (UTF-8 bytes)."""
+        """A column of lists: `keyframes` (frame numbers), `labels` (codes), `key`, `source` and others (UTF-8 bytes)."""
         pair = self._node(name)
         if hasattr(pair, "shape"):
             raise DatasetError(f"column {name} of {self.url} holds numbers; read it by column()")
@@ -163,7 +164,7 @@ class Catalog:
         return list(self._node(name).attrs["vocabulary"])
 
     def texts(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """`key`, `source` or `split` as a numpy string array (StringDType, (n,)); an element is a plain str."""
+        """`key`, `source`, `split` or `duplicate_of` as a numpy string array (StringDType, (n,)); an element is a plain str."""
         if name in CODED:
             words = np.array([*self.vocabulary(name), ""], dtype=np.dtypes.StringDType())
             return words[self.column(name, rows)]
@@ -181,15 +182,16 @@ class Catalog:
         return [tuple(names[c] for c in codes[a:b]) for a, b in pairwise(offsets)]
 
     def facts(self, rows: slice | None = None) -> list[Facts]:
-        """The facts of some clips, put together from their columns."""
-        numbers = {name: self.column(name, rows).tolist() for name in FACTS}
-        source, split, labels = self.texts("source", rows), self.texts("split", rows), self.labels(rows)
+        """The facts of some clips, put together from their columns; captions stay in the json member."""
         values, offsets = self.ragged("keyframes", rows)
-        keyframes = [tuple(values[a:b].tolist()) for a, b in pairwise(offsets)]
-        return [
-            Facts(source=str(s), split=str(t), labels=names, keyframes=k, **dict(zip(numbers, row, strict=True)))
-            for s, t, names, k, *row in zip(source, split, labels, keyframes, *numbers.values(), strict=True)
-        ]
+        columns = {
+            **{name: self.column(name, rows).tolist() for name in FACTS},
+            **{name: self.texts(name, rows).tolist() for name in TEXTS if name != "key"},
+            "labels": self.labels(rows),
+            "keyframes": [tuple(values[a:b].tolist()) for a, b in pairwise(offsets)],
+            "fingerprint": [code.astype(">u8").tobytes().hex() if code.any() else "" for code in self.column("fingerprint", rows)],
+        }
+        return [Facts(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     # --- writing ---
 
@@ -207,6 +209,9 @@ class Catalog:
         self._put("split", at, self._codes("split", [(f.split,) for f in facts])[0])
         self._put_lists("key", at, [np.frombuffer(e.key.encode(), dtype=np.uint8) for e in entries])
         self._put_lists("source", at, [np.frombuffer(f.source.encode(), dtype=np.uint8) for f in facts])
+        self._put_lists("duplicate_of", at, [np.frombuffer(f.duplicate_of.encode(), dtype=np.uint8) for f in facts])
+        fingerprints = np.frombuffer(b"".join(bytes.fromhex(f.fingerprint or "00" * 32) for f in facts), dtype=">u8")
+        self._put("fingerprint", at, fingerprints.reshape(len(entries), 4))
         self._put_lists("keyframes", at, [np.array(f.keyframes, dtype=np.int32) for f in facts])
         codes, lengths = self._codes("labels", [f.labels for f in facts])
         self._put_lists("labels", at, np.split(codes, np.cumsum(lengths)[:-1]))
@@ -243,6 +248,20 @@ class Catalog:
         sync_directory(path.parent)
         self._nodes.pop(name, None)
 
+    def grow(self) -> None:
+        """Give a catalog that was made by an earlier version the columns it lacks, so that it can be appended to."""
+        lacks, root = self._lacks(), self._root()
+        if lacks:
+            began = time.time_ns() - 1_000_000_000
+            for name in lacks:
+                if name in root:
+                    del root[name]  # of an attempt that was killed
+                _fact(root, name, self.rows)
+            sync_tree(Path(self.url), began)
+            self._group = root.update_attributes({"later": list(LATER)})
+            self._nodes.clear()
+            sync_tree(Path(self.url), began)
+
     def intact(self) -> bool:
         """Whether every column holds the rows that count, as far as their last chunk tells."""
         last = slice(max(0, self.rows - 1), self.rows)
@@ -272,10 +291,20 @@ class Catalog:
                 raise DatasetError(f"no catalog can be read at {self.url} ({e}); opening it for writing mends it") from e
         return self._group
 
+    def _lacks(self) -> list[str]:
+        """Columns that came after this catalog was made; what was lost later is not among them."""
+        return [name for name in LATER if name not in self._root().attrs.get("later", ())]
+
     def _node(self, name: str) -> Any:
         try:
             if name not in self._nodes:
-                self._nodes[name] = self._root()[name]
+                column = name.partition("/")[0]
+                if column in self._lacks():
+                    blank = zarr.create_group(MemoryStore(), zarr_format=3)
+                    _fact(blank, column, self.rows)
+                    self._nodes[name] = blank[name]
+                else:
+                    self._nodes[name] = self._root()[name]
             return self._nodes[name]
         except (KeyError, ValueError) as e:
             raise DatasetError(f"no column {name!r} in {self.url}; it has {', '.join(self.columns)}") from e
@@ -302,7 +331,21 @@ class Catalog:
         return np.array(flat, dtype=np.int32), [len(some) for some in words]
 
 
-_BUILT_IN = ("key", "shard", "offset", "size", "source", *FACTS, "keyframes", "labels", "split", "sha256")
+_BUILT_IN = (
+    "key", "shard", "offset", "size", "source", *FACTS, "keyframes", "labels", "split", "fingerprint", "duplicate_of", "sha256",
+)  # fmt: skip
+
+
+def _fact(group: Any, name: str, rows: int = 0) -> None:
+    """Add an array, or a pair of them, of `rows` rows, all 0 or empty, which takes no room."""
+    if name in LISTS:
+        pair = group.create_group(name)
+        _array(pair, "values", (), LISTS[name])
+        _array(pair, "offsets", (), "int64", rows + 1)
+    elif name == "fingerprint":
+        _array(group, name, (4,), "uint64", rows)
+    else:
+        _array(group, name, (), {"shard": "int32", "split": "int16", **FACTS}[name], rows)
 
 
 def _array(group: Any, name: str, tail: tuple[int, ...], dtype: str, rows: int = 0) -> None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,96}")
+_FINGERPRINT = re.compile(r"([0-9a-f]{64})?")
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
 
@@ -19,6 +20,10 @@ class Facts:
     n_frames, fps, width, height: of the video as written. keyframes: frame numbers, ascending, first 0.
     loudness_db: RMS of the mono sound, dBFS. motion: mean absolute luma change between frames, 0..255.
     labels: names, for evaluation alone. split: "" when the manifest names none.
+    av_offset_s: seconds by which the sound comes late, as estimated. av_trust: how sure that is, 0 (not at all) to 1.
+    fingerprint: 64 hex digits, alike for clips that look and sound alike; "" when there is nothing to tell the clip by.
+    duplicate_of: key of an earlier clip that this one nearly repeats, "" when none is known.
+    captions: (from, to, what is said), seconds from the clip's start.
     """
 
     source: str
@@ -34,6 +39,15 @@ class Facts:
     motion: float
     labels: tuple[str, ...] = ()
     split: str = ""
+    av_offset_s: float = 0.0
+    av_trust: float = 0.0
+    fingerprint: str = ""
+    duplicate_of: str = ""
+    captions: tuple[tuple[float, float, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _FINGERPRINT.fullmatch(self.fingerprint):
+            raise ValueError(f"fingerprint {self.fingerprint!r} should be 64 hex digits, or empty")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from cmacc.shards.dataset import Dataset
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_MEASURED = ("duration_s", "loudness_db", "motion", "av_offset_s", "av_trust")
 _CELL = 96  # pixels of a picture's height; every clip is one strip of that
 _SOUND = 240
 _FRAMES = 5
@@ -26,7 +27,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     """Facts of a data set as plain numbers and names, ready for JSON.
 
     clips, hours, bytes, shards, sources, splits and labels (name: clips, most frequent first), columns added later,
-    quantiles of duration_s, loudness_db and motion (0, 5, 25, 50, 75, 95, 100 %), profile, members, provenance, fingerprint.
+    duplicates (clips that nearly repeat an earlier one), quantiles of duration_s, loudness_db, motion, av_offset_s and av_trust
+    (0, 5, 25, 50, 75, 95, 100 %), profile, members, provenance, fingerprint (of dataset.json).
     """
     catalog, meta = dataset.catalog, dataset.meta
     codes, words = catalog.ragged("labels").values, catalog.vocabulary("labels")
@@ -41,7 +43,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "sources": len(set(catalog.texts("source").tolist())),
         "splits": dict(Counter(catalog.texts("split").tolist()).most_common()),
         "labels": {w: n for n, w in sorted(zip(counts, words, strict=True), key=lambda p: (-p[0], p[1])) if n},
-        "quantiles": {name: _quantiles(catalog.column(name)) for name in ("duration_s", "loudness_db", "motion")},
+        "duplicates": int(np.count_nonzero(np.diff(catalog.ragged("duplicate_of").offsets))),
+        "quantiles": {name: _quantiles(catalog.column(name)) for name in _MEASURED},
         "added_columns": {name: list(catalog.shape(name)) for name in catalog.added},
         "members": list(meta.members),
         "profile": meta.profile,

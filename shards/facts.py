@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, asdict, fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cmacc.shards.clip import Facts
+
+_KINDS = get_type_hints(Facts)
 
 
 def facts_to_json(facts: Facts) -> bytes:
@@ -27,17 +29,21 @@ def facts_from_json(data: bytes) -> Facts:
     if missing or set(found) - set(known):
         wrong = ", ".join(missing) or ", ".join(sorted(set(found) - set(known)))
         raise ValueError(f"the json member {'lacks' if missing else 'has unknown facts'} {wrong}")
-    return Facts(**{name: _typed(name, str(known[name].type), value) for name, value in found.items()})
+    return Facts(**{name: _typed(name, _KINDS[name], value) for name, value in found.items()})
 
 
-def _typed(name: str, kind: str, value: Any) -> Any:
-    if kind.startswith("tuple"):
-        inner = kind[len("tuple[") :].split(",")[0]
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
         if not isinstance(value, list):
             raise ValueError(f"fact {name} is {value!r}; it should be a list")
-        return tuple(_typed(name, inner, v) for v in value)
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        if inner[-1] is Ellipsis:
+            return tuple(_typed(name, inner[0], v) for v in value)
+        if len(value) != len(inner):
+            raise ValueError(f"fact {name} has {value!r}; there should be {len(inner)} values")
+        return tuple(_typed(name, k, v) for k, v in zip(inner, value, strict=True))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not {"str": str, "int": int}.get(kind):
-        raise ValueError(f"fact {name} is {value!r}; it should be of type {kind}")
+    if type(value) is not kind:
+        raise ValueError(f"fact {name} is {value!r}; it should be of type {kind.__name__}")
     return value

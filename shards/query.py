@@ -14,7 +14,7 @@ from cmacc.shards.catalog import FACTS, TEXTS
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 
-_OWN = ("key", "source", "split", "labels", "keyframes", "bytes", "shard", *FACTS)
+_OWN = ("key", "source", "split", "labels", "keyframes", "bytes", "shard", *FACTS, "duplicate_of")
 
 
 def query_columns(dataset: Dataset) -> list[str]:

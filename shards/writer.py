@@ -245,6 +245,7 @@ def _catalog(path: Path, meta: Meta) -> Catalog:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     catalog = Catalog(str(url), meta.clips, meta.members, writable=True)
     if catalog.intact():
+        catalog.grow()
         return catalog
     log.warning("%s lost rows; making it again from the shards", url)
     catalog = Catalog.create(url, meta.members)
