@@ -1,36 +1,43 @@
 """A clip request in, a verified clip (video bytes, audio bytes, facts) or a typed failure out.
 
 `read_manifest` reads a clip list, `Ledger` keeps what became of each row, `work` fetches and cuts groups of source videos in a
-child process, `read_staged` gives the finished clips; `fetch` and `transcode` are the two halves of the work on one video.
+child process, `read_staged` gives the finished clips; `fetched` and `transcode` are the two halves of the work on one video.
 """
 
 from cmacc.ingest.causes import Cause, IngestFailure
 from cmacc.ingest.cut import Limits
-from cmacc.ingest.fetch import FetchOptions, fetch
+from cmacc.ingest.fetch import FetchOptions, fetched
 from cmacc.ingest.ledger import Counts, Ledger
 from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest, read_manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
+from cmacc.ingest.source import Media
 from cmacc.ingest.staging import read_staged, staged_path
 from cmacc.ingest.transcode import transcode
-from cmacc.ingest.work import stop_all, work
+from cmacc.ingest.work import Crew
 
 __all__ = [
     "BadRow",
     "Cause",
+    "Checks",
     "ClipRequest",
     "Counts",
+    "Crew",
     "FetchOptions",
+    "Gate",
+    "IngestConfig",
     "IngestFailure",
     "Ledger",
     "Limits",
     "Manifest",
+    "Media",
     "Outcome",
+    "Pace",
+    "Part",
     "SourceVideo",
-    "fetch",
+    "Totals",
+    "fetched",
     "read_manifest",
     "read_staged",
     "staged_path",
-    "stop_all",
     "transcode",
-    "work",
 ]

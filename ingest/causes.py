@@ -65,11 +65,12 @@ class Cause(StrEnum):
         return self is Cause.DISK_FULL
 
 
+# what parks its site is due at once: the closed site holds it back
 _RETRY = {
     Cause.LIVE: Retry(7, 24 * HOUR_S),
     Cause.FORBIDDEN: Retry(2, 6 * HOUR_S),
-    Cause.BOT_CHECK: Retry(1000, HOUR_S),
-    Cause.RATE_LIMITED: Retry(1000, HOUR_S),
+    Cause.BOT_CHECK: Retry(1000, 0.0),
+    Cause.RATE_LIMITED: Retry(1000, 0.0),
     Cause.NETWORK: Retry(5, HOUR_S / 6),
     Cause.EXTRACTOR: Retry(2, HOUR_S),
     Cause.TIMEOUT: Retry(1, HOUR_S),

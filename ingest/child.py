@@ -1,7 +1,8 @@
 """The child process: works on source videos one after the other, so that a decoder's crash costs one of them, not the run.
 
-`python -m cmacc.ingest.child` reads one JSON job on stdin and writes JSON lines on stdout: `begin` and `end` of each source
-video with the outcomes of its clips, or `halt` when going on makes no sense. Logs go to stderr.
+`python -m cmacc.ingest.child` reads JSON lines on stdin, first the job, then a source video each, and writes JSON lines on
+stdout: that it is ready, then the outcomes of each source video's clips, or a cause when going on makes no sense. Logs go to
+stderr.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from cmacc.ingest.causes import Cause, IngestFailure, failure_from
-from cmacc.ingest.cut import Limits
-from cmacc.ingest.fetch import FetchOptions, fetch
+from cmacc.ingest.config import IngestConfig
+from cmacc.ingest.fetch import fetched
+from cmacc.ingest.guard import guard_sockets, proxies
 from cmacc.ingest.outcome import Outcome, SourceVideo
 from cmacc.ingest.staging import StagedWriter, scratch_folder
 from cmacc.ingest.transcode import transcode
 from cmacc.shards.clip import Clip
-from cmacc.shards.profile import Profile
+from cmacc.shards.options import from_json
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
+    """Work until stdin ends or the parent dies."""
+    job = json.loads(sys.stdin.readline())
     _die_with(job["parent"])
     # whatever prints, prints to the log: the pipe to the parent carries events alone
     events = os.fdopen(os.dup(1), "w")
@@ -44,44 +47,47 @@ def main() -> None:
         print(json.dumps(event), file=events, flush=True)
 
     logging.basicConfig(stream=sys.stderr, level=job["log_level"], format="%(levelname)s\t%(message)s")
-    profile = Profile.from_json(job["profile"])
-    options, limits = FetchOptions(**job["options"]), Limits(**job["limits"])
-    staging = Path(job["staging"])
-    for data in job["videos"]:
-        video = SourceVideo.from_json(data)
-        tell(event="begin", source=video.source)
+    config, staging = from_json(IngestConfig, job["config"]), Path(job["staging"])
+    if not config.fetch.allow_private:
+        guard_sockets(proxies(config.fetch.proxy))
+    tell(ready=True)
+    for line in sys.stdin:
         try:
-            outcomes = list(ingest_video(video, profile, staging, options, limits))
+            outcomes = ingest_video(SourceVideo.from_json(json.loads(line)), config, staging)
         except IngestFailure as failure:
-            tell(event="halt", source=video.source, cause=failure.cause, detail=failure.detail)
-            return
-        tell(event="end", source=video.source, outcomes=[asdict(outcome) for outcome in outcomes])
+            tell(cause=failure.cause, detail=failure.detail)
+        else:
+            tell(outcomes=[asdict(outcome) for outcome in outcomes])
 
 
-def ingest_video(video: SourceVideo, profile: Profile, staging: Path, options: FetchOptions, limits: Limits) -> Iterator[Outcome]:
+def ingest_video(video: SourceVideo, config: IngestConfig, staging: Path) -> list[Outcome]:
     """Fetch one source video, cut its clips and stage them: one outcome for each, after the staged tar is in place.
 
-    Raises IngestFailure for a cause that halts.
+    Raises IngestFailure for a cause that stops the run.
     """
     begun = time.monotonic()
     outcomes: list[Outcome] = []
+    spans = [(request.start_s, request.end_s) for request in video.requests]
+    media = None
     try:
         with scratch_folder(staging, video.source) as scratch, StagedWriter(staging, video.source, scratch) as staged:
-            path = fetch(video.address, scratch, options)
-            with _memory(limits.memory_mb):
-                for request, made in transcode(path, video.requests, profile, limits, scratch):
-                    if isinstance(made, Clip):
-                        outcomes.append(Outcome(made.key, video.source, bytes=staged.add(made)))
+            with fetched(video.address, spans, scratch, config.fetch) as media, _memory(config.limits.memory_mb):
+                made = transcode(media, video.requests, config.profile, config.limits, scratch, config.checks)
+                for request, clip in made:
+                    if isinstance(clip, Clip):
+                        size = staged.add(clip)
+                        outcomes.append(Outcome(clip.key, video.source, bytes=size, fingerprint=clip.facts.fingerprint))
                     else:
-                        outcomes.append(Outcome(request.key, video.source, made.cause, made.detail))
+                        outcomes.append(Outcome(request.key, video.source, clip.cause, clip.detail))
             staged.commit()
     except Exception as error:
         failure = error if isinstance(error, IngestFailure) else _unforeseen(error)
         if failure.cause.stops:
             raise failure from error
         outcomes = [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
-    share = (time.monotonic() - begun) / max(len(outcomes), 1)
-    yield from (replace(outcome, seconds=round(share, 3)) for outcome in outcomes)
+    n = max(len(outcomes), 1)
+    seconds, downloaded = round((time.monotonic() - begun) / n, 3), (media.bytes if media else 0) // n
+    return [replace(outcome, seconds=seconds, fetched=downloaded) for outcome in outcomes]
 
 
 @contextmanager

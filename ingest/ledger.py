@@ -3,46 +3,95 @@
 from __future__ import annotations
 
 import json
-import sqlite3
+import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
 
 from cmacc.ingest.causes import Cause
-from cmacc.ingest.manifest import ClipRequest, Manifest
+from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
 
-_SCHEMA = """
-create table if not exists clips (
-    id integer primary key,
-    key text unique,               -- null for a bad row
-    manifest text not null,
-    row integer not null,
-    source text not null default '',
-    address text not null default '',
-    start_s real not null default 0,
-    end_s real,
-    labels text not null default '[]',
-    split text not null default '',
-    state text not null check (state in ('pending', 'done', 'failed', 'bad-row')),
-    cause text not null default '',
-    detail text not null default '',
-    attempts integer not null default 0,
-    seconds real not null default 0,
-    bytes integer not null default 0,
-    shard text not null default ''
-);
-create index if not exists clips_by_state on clips (state, cause);
-create unique index if not exists bad_rows on clips (manifest, row) where state = 'bad-row';
-"""
+PARTS = 4096
+"""Source videos are dealt to so many parts by a hash of their id; a worker takes a range of them."""
+
+_ROWS_AT_ONCE = 2000
+_TABLES = sa.MetaData()
+_TEXT = {"type_": sa.Text, "nullable": False, "server_default": ""}
+_REAL = {"type_": sa.Double, "nullable": False, "server_default": "0"}
+_INT = {"type_": sa.BigInteger, "nullable": False, "server_default": "0"}
+_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers rows by itself only under this name
+
+_MANIFESTS = sa.Table(
+    "manifests", _TABLES,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("digest", **_TEXT),
+    sa.Column("pass", **_INT),
+)  # fmt: skip
+_SOURCES = sa.Table(
+    "sources", _TABLES,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("source", sa.Text, nullable=False, unique=True),
+    sa.Column("address", **_TEXT),
+    sa.Column("host", **_TEXT),
+    sa.Column("part", **_INT),
+)  # fmt: skip
+_CLIPS = sa.Table(
+    "clips", _TABLES,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("key", sa.Text, unique=True),  # null for a bad row
+    sa.Column("manifest", **_TEXT),
+    sa.Column("row", **_INT),
+    sa.Column("pass", **_INT),  # the reading of the manifest that named it last
+    sa.Column("source_id", sa.BigInteger),
+    sa.Column("start_s", **_REAL),
+    sa.Column("end_s", sa.Double),
+    sa.Column("labels", **_TEXT),
+    sa.Column("split", **_TEXT),
+    sa.Column("captions", **_TEXT),
+    sa.Column("state", sa.Text, sa.CheckConstraint("state in ('pending', 'done', 'failed', 'bad-row')"), nullable=False),
+    sa.Column("cause", **_TEXT),
+    sa.Column("detail", **_TEXT),
+    sa.Column("due_at", sa.Double),  # Unix time from which on it is to be worked on; null: not by itself
+    sa.Column("attempts", **_INT),
+    sa.Column("seconds", **_REAL),
+    sa.Column("bytes", **_INT),
+    sa.Column("fetched", **_INT),
+    sa.Column("shard", **_TEXT),
+    sa.Column("fingerprint", **_TEXT),
+    sa.Column("duplicate_of", **_TEXT),
+)  # fmt: skip
+_DUE = _CLIPS.c.due_at.is_not(None)
+sa.Index("clips_due", _CLIPS.c.source_id, _CLIPS.c.due_at, sqlite_where=_DUE, postgresql_where=_DUE)
+sa.Index("clips_by_state", _CLIPS.c.state, _CLIPS.c.cause)
+sa.Index("clips_by_shard", _CLIPS.c.shard, _CLIPS.c.state)
+sa.Index("clips_by_source", _CLIPS.c.source_id)
+_MINUTES = sa.Table(
+    "minutes", _TABLES,  # what was recorded in each minute of Unix time
+    sa.Column("minute", sa.BigInteger, primary_key=True, autoincrement=False),
+    *(sa.Column(name, **_INT) for name in ("done", "failed", "bytes", "fetched", "videos")),
+)  # fmt: skip
+_HOSTS = sa.Table(
+    "hosts", _TABLES,
+    sa.Column("host", sa.Text, primary_key=True),
+    sa.Column("closed_until", **_REAL),
+    sa.Column("cause", **_TEXT),
+    sa.Column("detail", **_TEXT),
+    sa.Column("next_at", **_REAL),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows by state and failed rows by cause; `rows` is the sum over the states."""
+    """Rows by state and failed rows by cause; `rows` is the sum over the states. waiting: of the failed, those due again."""
 
     pending: int = 0
     done: int = 0
@@ -55,102 +104,297 @@ class Counts:
         return self.pending + self.done + self.failed + self.bad_rows
 
 
-class Ledger:
-    """An SQLite file with one row for each row of the manifests. Each method is one transaction; one process writes at a time.
+@dataclass(frozen=True)
+class Part:
+    """The share `number` of `of` of the source videos, by their ids' hash; the default is all of them."""
 
-    A clip is pending, done (staged; `shard` names where it lies once it is in one), failed (with its cause), or a bad row.
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of <= PARTS:
+            raise ValueError(f"part {self.number} of {self.of} is none; give a number from 0, of 1 to {PARTS} parts")
+
+    @property
+    def bounds(self) -> dict[str, int]:
+        return {"low": PARTS * self.number // self.of, "high": PARTS * (self.number + 1) // self.of}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some time: clips, source videos, bytes written and bytes downloaded, in `seconds`."""
+
+    done: int = 0
+    failed: int = 0
+    bytes: int = 0
+    fetched: int = 0
+    videos: int = 0
+    seconds: float = 0.0
+
+
+class Ledger:
+    """One row for each row of the manifests. Each method is one transaction; several processes may work on it at once.
+
+    where: a path (SQLite) or a database's URL (`postgresql://user@host/name`). A clip is pending, done (staged; `shard`
+    names where it lies once it is in one), failed (with its cause, and the time of another attempt if its cause has one) or
+    a bad row. Raises ValueError, one sentence, when there is no such database.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("pragma journal_mode = wal")
-        self.db.execute("pragma synchronous = full")
-        self.db.executescript(_SCHEMA)
+    def __init__(self, where: Path | str) -> None:
+        self.where = where
+        self.sqlite = isinstance(where, Path) or "://" not in where
+        if self.sqlite:
+            Path(where).parent.mkdir(parents=True, exist_ok=True)
+            url = sa.URL.create("sqlite", database=str(where))
+        else:
+            url = _url(str(where))
+        self.engine = sa.create_engine(url, pool_size=4, max_overflow=64, connect_args={"timeout": 60} if self.sqlite else {})
+        if self.sqlite:
+            sa.event.listen(self.engine, "connect", _prepare)
+        try:
+            with self._writing() as db:
+                _TABLES.create_all(db)
+        except sa.exc.DBAPIError as error:
+            self.close()
+            raise ValueError(f"the ledger {url.render_as_string()} cannot be opened: {_says(error)}; mend its URL") from error
+
+    # --- rows in ---
 
     def add(self, manifest: Manifest) -> None:
-        """Enter a manifest; what is entered already keeps its state. A clip that another manifest named first is a bad row."""
-        with self._transaction():
-            self.db.execute("delete from clips where manifest = ? and state = 'bad-row'", (manifest.name,))
-            for r in manifest.requests:
-                values = (r.key, r.manifest, r.row, r.source, r.address, r.start_s, r.end_s, json.dumps(r.labels), r.split)
-                self.db.execute(
-                    """insert into clips (key, manifest, row, source, address, start_s, end_s, labels, split, state)
-                    values (?, ?, ?, ?, ?, ?, ?, ?, ?, 'pending')
-                    on conflict (key) do update set row = excluded.row, address = excluded.address, labels = excluded.labels,
-                    split = excluded.split where manifest = excluded.manifest""",
-                    values,
-                )
-                owner = self.db.execute("select manifest, row from clips where key = ?", (r.key,)).fetchone()
-                if owner["manifest"] != r.manifest:
-                    self._bad_row(r.manifest, r.row, f"same clip as line {owner['row']} of {owner['manifest']}")
-            for bad in manifest.bad_rows:
-                self._bad_row(bad.manifest, bad.row, bad.reason)
+        """Enter a manifest, row by row; what is entered already keeps its state.
 
-    def _bad_row(self, manifest: str, row: int, reason: str) -> None:
-        self.db.execute(
-            "insert into clips (manifest, row, state, cause, detail) values (?, ?, 'bad-row', ?, ?)",
-            (manifest, row, Cause.BAD_ROW, reason),
-        )
+        A clip that another row named first is a bad row. Rows that an earlier reading of this manifest had and this one has
+        not are taken out, unless they are done.
+        """
+        with self._writing() as db:
+            digest, number = getattr(manifest, "digest", ""), 1
+            if known := db.execute(sa.select(_MANIFESTS).where(_MANIFESTS.c.name == manifest.name)).first():
+                if digest and known.digest == digest:
+                    return
+                number = known[2] + 1
+            at = {"manifest": manifest.name, "pass": number}
+            db.execute(sa.text("delete from clips where manifest = :manifest and state = 'bad-row'"), at)
+            rows = iter(manifest)
+            while batch := list(islice(rows, _ROWS_AT_ONCE)):
+                self._enter(db, batch, at)
+            db.execute(sa.text("delete from clips where manifest = :manifest and pass < :pass and state <> 'done'"), at)
+            db.execute(
+                sa.text(
+                    "insert into manifests (name, digest, pass) values (:manifest, :digest, :pass) "
+                    "on conflict (name) do update set digest = excluded.digest, pass = excluded.pass"
+                ),
+                at | {"digest": digest},
+            )
 
-    def pending(self, retry_causes: Iterable[str] = ()) -> list[SourceVideo]:
-        """Source videos with clips to do, in the order of the manifests; failed clips of `retry_causes` are to do as well."""
-        causes = [str(cause) for cause in retry_causes]
-        marks = ", ".join("?" * len(causes))
-        rows = self.db.execute(
-            f"""select *, min(id) over (partition by source) as first from clips
-            where state = 'pending' or (state = 'failed' and cause in ({marks})) order by first, id""",
-            causes,
-        )
-        return [_video(list(group)) for _, group in groupby(rows, key=lambda row: row["source"])]
+    def _enter(self, db: sa.Connection, batch: Sequence[ClipRequest | BadRow], at: dict[str, Any]) -> None:
+        requests = [row for row in batch if isinstance(row, ClipRequest)]
+        bad = [{**at, "row": row.row, "detail": row.reason} for row in batch if isinstance(row, BadRow)]
+        if requests:
+            sources = {r.source: {"source": r.source, "address": r.address, **_place(r)} for r in requests}
+            db.execute(
+                sa.text(
+                    "insert into sources (source, address, host, part) values (:source, :address, :host, :part) "
+                    "on conflict (source) do update set address = excluded.address, host = excluded.host"
+                ),
+                list(sources.values()),
+            )
+            db.execute(sa.text(_ENTER), [{**at, **_values(r)} for r in requests])
+            keys = [r.key for r in requests]
+            owners = db.execute(sa.select(_CLIPS.c["key", "manifest", "row"]).where(_CLIPS.c.key.in_(keys)))
+            owner = {row.key: (row.manifest, row[2]) for row in owners}
+            for r, key in zip(requests, keys, strict=True):
+                if owner[key] != (at["manifest"], r.row):
+                    name, row = owner[key]
+                    where = f"line {row}" if name == at["manifest"] else f"line {row} of {name}"
+                    bad.append({**at, "row": r.row, "detail": f"same clip as {where}"})
+        if bad:
+            db.execute(
+                sa.text(
+                    "insert into clips (manifest, pass, row, state, cause, detail) "
+                    f"values (:manifest, :pass, :row, 'bad-row', '{Cause.BAD_ROW}', :detail)"
+                ),
+                sorted(bad, key=lambda row: row["row"]),
+            )
 
-    def record(self, outcomes: Iterable[Outcome]) -> None:
+    # --- work out ---
+
+    def todo(self, part: Part = Part(), *, closed: Iterable[str] = (), now: float | None = None) -> Iterator[SourceVideo]:
+        """Source videos with clips to work on, in the order of the manifests, read from the ledger as they are taken.
+
+        closed: hosts of which nothing is wanted. now: Unix time, by which a failed clip must be due.
+        """
+        where = part.bounds | {"now": time.time() if now is None else now, "closed": list(closed), "n": 64, "after": 0}
+        ids = sa.text(_TODO_IDS).bindparams(sa.bindparam("closed", expanding=True, type_=sa.Text))
+        rows = sa.text(_TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
+        while True:
+            with self._reading() as db:
+                found = list(db.execute(ids, where).scalars())
+                videos = db.execute(rows, {**where, "ids": found}).mappings().all() if found else []
+            if not found:
+                return
+            where["after"] = found[-1]
+            yield from (_video(list(group)) for _, group in groupby(videos, key=lambda row: row["source_id"]))
+
+    def count_todo(self, part: Part = Part(), now: float | None = None) -> tuple[int, int]:
+        """(clips, source videos) that `todo` would give."""
+        where = part.bounds | {"now": time.time() if now is None else now}
+        with self._reading() as db:
+            clips, videos = db.execute(sa.text(_COUNT_TODO), where).one()
+        return clips, videos
+
+    def next_due(self, part: Part = Part()) -> float | None:
+        """Unix time at which the next failed clip is due again; None when none is."""
+        with self._reading() as db:
+            found = db.execute(sa.text(_NEXT_DUE), part.bounds).scalar()
+        return None if found is None else float(found)
+
+    def retry(self, causes: Iterable[str]) -> None:
+        """Failed clips of these causes are due now."""
+        with self._writing() as db:
+            db.execute(
+                sa.update(_CLIPS).where(_CLIPS.c.state == "failed", _CLIPS.c.cause.in_([str(c) for c in causes])).values(due_at=0)
+            )
+
+    # --- what became of it ---
+
+    def record(self, outcomes: Iterable[Outcome], now: float | None = None) -> None:
         """Enter what became of clips. Raises KeyError for a clip that no manifest named."""
         entered = list(outcomes)
-        with self._transaction():
-            for o in entered:
-                changed = self.db.execute(
-                    """update clips set state = ?, cause = ?, detail = ?, attempts = attempts + 1, seconds = seconds + ?,
-                    bytes = ? where key = ?""",
-                    ("failed" if o.cause else "done", o.cause or "", o.detail, o.seconds, o.bytes, o.key),
-                )
-                if not changed.rowcount:
-                    raise KeyError(f"clip {o.key} is in no manifest of this ledger")
+        if not entered:
+            return
+        now = time.time() if now is None else now
+        minute = {
+            "minute": int(now // 60),
+            "done": sum(o.cause is None for o in entered),
+            "failed": sum(o.cause is not None for o in entered),
+            "bytes": sum(o.bytes for o in entered),
+            "fetched": sum(o.fetched for o in entered),
+            "videos": len({o.source for o in entered}),
+        }
+        with self._writing() as db:
+            # one order of rows for all, or two workers wait for each other
+            changed = db.execute(sa.text(_RECORD), [_record(o, now) for o in sorted(entered, key=lambda o: o.key)])
+            if changed.rowcount != len(entered):
+                known = set(db.execute(sa.select(_CLIPS.c.key).where(_CLIPS.c.key.in_([o.key for o in entered]))).scalars())
+                lost = next((o.key for o in entered if o.key not in known), "one of them")
+                raise KeyError(f"clip {lost} is in no manifest of this ledger")
+            db.execute(sa.text(_MINUTE), minute)
 
     def mark_done(self, keys: Iterable[str], shard: str) -> None:
         """These clips lie in `shard`."""
-        with self._transaction():
-            self.db.executemany(
-                "update clips set state = 'done', cause = '', detail = '', shard = ? where key = ?",
-                ((shard, key) for key in keys),
-            )
+        self._each("state = 'done', cause = '', detail = '', due_at = null, shard = :shard", keys, shard=shard)
 
     def reopen(self, keys: Iterable[str]) -> None:
         """These clips are to be done again."""
-        with self._transaction():
-            self.db.executemany(
-                "update clips set state = 'pending', cause = '', detail = '', shard = '' where key = ?", ((key,) for key in keys)
-            )
+        self._each(
+            "state = 'pending', cause = '', detail = '', due_at = 0, shard = '', fingerprint = '', duplicate_of = ''", keys
+        )
 
-    def staged(self) -> list[tuple[str, str]]:
-        """(key, source) of the clips that are done but lie in no shard yet, in the order of the manifests."""
-        rows = self.db.execute("select key, source from clips where state = 'done' and shard = '' order by id")
-        return [(row["key"], row["source"]) for row in rows]
+    def refuse(self, keys: Iterable[str], cause: Cause, detail: str) -> None:
+        """These clips failed for good, whatever was tried; they are not done, nor will be."""
+        self._each("state = 'failed', cause = :cause, detail = :detail, due_at = null", keys, cause=str(cause), detail=detail)
 
-    def rows(self) -> Iterator[dict[str, object]]:
+    def _each(self, change: str, keys: Iterable[str], **values: str) -> None:
+        rows = [{"key": key, **values} for key in sorted(keys)]
+        if rows:
+            with self._writing() as db:
+                db.execute(sa.text(f"update clips set {change} where key = :key"), rows)
+
+    def moved(self, shard: str, to: str) -> None:
+        """What lay in `shard` lies in the shard `to`."""
+        with self._writing() as db:
+            db.execute(sa.text("update clips set shard = :to where shard = :shard"), {"shard": shard, "to": to})
+
+    # --- reports ---
+
+    def staged(self, part: Part = Part()) -> list[dict[str, str]]:
+        """key, source and duplicate_of of the clips that are done but lie in no shard yet, in the order of the manifests."""
+        with self._reading() as db:
+            return [dict(row) for row in db.execute(sa.text(_STAGED), part.bounds).mappings()]
+
+    def shards(self) -> dict[str, int]:
+        """Clips by the name of their shard."""
+        with self._reading() as db:
+            found = db.execute(sa.text("select shard, count(*) from clips where shard <> '' and state = 'done' group by shard"))
+            return {row.shard: int(row[1]) for row in found}
+
+    def keys_of_shard(self, shard: str) -> list[str]:
+        with self._reading() as db:
+            return list(db.execute(sa.select(_CLIPS.c.key).where(_CLIPS.c.shard == shard, _CLIPS.c.state == "done")).scalars())
+
+    def fingerprints(self) -> Iterator[tuple[str, str]]:
+        """(key, fingerprint) of the done clips that have one, in the order in which they were asked for."""
+        with self._reading() as db:
+            where = "select key, fingerprint from clips where state = 'done' and fingerprint <> '' order by id"
+            for row in db.execution_options(yield_per=_ROWS_AT_ONCE).execute(sa.text(where)):
+                yield row.key, row.fingerprint
+
+    def rows(self) -> Iterator[dict[str, Any]]:
         """Every row with all its columns, for reports."""
-        for row in self.db.execute("select * from clips order by id"):
-            yield {name: row[name] for name in row.keys() if name != "id"}  # noqa: SIM118
+        columns = [c for c in _CLIPS.c if c.name not in ("id", "source_id", "pass")] + [_SOURCES.c.source, _SOURCES.c.address]
+        joined = _CLIPS.outerjoin(_SOURCES, _SOURCES.c.id == _CLIPS.c.source_id)
+        with self._reading() as db:
+            query = sa.select(*columns).select_from(joined).order_by(_CLIPS.c.id)
+            for row in db.execution_options(yield_per=_ROWS_AT_ONCE).execute(query).mappings():
+                yield {**row, "source": row["source"] or "", "address": row["address"] or ""}
 
     def counts(self) -> Counts:
-        states = dict(self.db.execute("select state, count(*) from clips group by state").fetchall())
-        causes = self.db.execute("select cause, count(*) from clips where state = 'failed' group by cause order by 2 desc, 1")
-        pending, done, failed, bad_rows = (states.get(state, 0) for state in ("pending", "done", "failed", "bad-row"))
-        return Counts(pending, done, failed, bad_rows, dict(causes.fetchall()))
+        with self._reading() as db:
+            found = db.execute(sa.text("select state, cause, count(*) from clips group by state, cause")).all()
+        states = {state: sum(n for s, _, n in found if s == state) for state in ("pending", "done", "failed", "bad-row")}
+        causes = sorted(((cause, n) for state, cause, n in found if state == "failed"), key=lambda pair: (-pair[1], pair[0]))
+        return Counts(states["pending"], states["done"], states["failed"], states["bad-row"], dict(causes))
+
+    def totals(self, since: float = 0.0, now: float | None = None) -> Totals:
+        """What was recorded from Unix time `since` on; `seconds` run from the first such minute to now."""
+        with self._reading() as db:
+            row = db.execute(sa.text(_TOTALS), {"since": int(since // 60)}).one()
+        if row[0] is None:
+            return Totals()
+        seconds = (time.time() if now is None else now) - 60.0 * row[0]
+        return Totals(*(int(value) for value in row[1:]), seconds=max(seconds, 1.0))
+
+    # --- hosts: who is closed, and whose turn it is ---
+
+    def close_host(self, host: str, until: float, cause: Cause, detail: str) -> None:
+        """Nothing is asked of this host before Unix time `until`."""
+        values = {"host": host, "until": until, "cause": str(cause), "detail": detail}
+        with self._writing() as db:
+            db.execute(sa.text(_CLOSE), values)
+
+    def closed_hosts(self, now: float | None = None) -> dict[str, tuple[float, str, str]]:
+        """host: (Unix time until which it is closed, cause, detail)."""
+        with self._reading() as db:
+            rows = db.execute(
+                sa.text("select * from hosts where closed_until > :now"), {"now": time.time() if now is None else now}
+            )
+            return {row.host: (row.closed_until, row.cause, row.detail) for row in rows}
+
+    def turn(self, host: str, gap_s: float, now: float | None = None) -> float:
+        """Take the host's next turn, gap_s seconds after the one before; returns its Unix time, `now` or later.
+
+        One bucket for everyone who works on this ledger.
+        """
+        now = time.time() if now is None else now
+        with self._writing() as db:
+            return float(db.execute(sa.text(_TURN), {"host": host, "now": now, "gap": gap_s}).scalar_one()) - gap_s
+
+    # --- inside ---
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self.engine.begin() as db:
+            if self.sqlite:
+                db.exec_driver_sql("begin immediate")
+            yield db
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self.engine.connect() as db:
+            yield db
 
     def close(self) -> None:
-        self.db.close()
+        self.engine.dispose()
 
     def __enter__(self) -> Ledger:
         return self
@@ -158,18 +402,121 @@ class Ledger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self.db.execute("begin immediate")
-        try:
-            yield
-        except BaseException:
-            self.db.execute("rollback")
-            raise
-        self.db.execute("commit")
+
+_ENTER = """
+insert into clips (key, manifest, row, pass, source_id, start_s, end_s, labels, split, captions, state, due_at)
+values (:key, :manifest, :row, :pass, (select id from sources where source = :source), :start_s, :end_s, :labels, :split,
+        :captions, 'pending', 0)
+on conflict (key) do update set row = excluded.row, pass = excluded.pass, labels = excluded.labels, split = excluded.split,
+    captions = excluded.captions where clips.manifest = excluded.manifest and clips.pass < excluded.pass
+"""
+_TODO_IDS = """
+select distinct c.source_id from clips c join sources s on s.id = c.source_id
+where c.due_at <= :now and c.source_id > :after and s.part >= :low and s.part < :high and s.host not in :closed
+order by c.source_id limit :n
+"""
+_TODO = """
+select c.*, s.source, s.address, s.host from clips c join sources s on s.id = c.source_id
+where c.source_id in :ids and c.due_at <= :now order by c.source_id, c.id
+"""
+_COUNT_TODO = """
+select count(*), count(distinct c.source_id) from clips c join sources s on s.id = c.source_id
+where c.due_at <= :now and s.part >= :low and s.part < :high
+"""
+_NEXT_DUE = """
+select min(c.due_at) from clips c join sources s on s.id = c.source_id
+where c.due_at is not null and s.part >= :low and s.part < :high
+"""
+_RECORD = """
+update clips set state = :state, cause = :cause, detail = :detail, seconds = seconds + :seconds, bytes = :bytes,
+    fetched = fetched + :fetched, fingerprint = :fingerprint, duplicate_of = :duplicate_of, attempts = attempts + 1,
+    due_at = case when attempts < :times then :due else null end where key = :key
+"""
+_MINUTE = """
+insert into minutes (minute, done, failed, bytes, fetched, videos) values (:minute, :done, :failed, :bytes, :fetched, :videos)
+on conflict (minute) do update set done = minutes.done + excluded.done, failed = minutes.failed + excluded.failed,
+    bytes = minutes.bytes + excluded.bytes, fetched = minutes.fetched + excluded.fetched,
+    videos = minutes.videos + excluded.videos
+"""
+_TOTALS = """
+select min(minute), sum(done), sum(failed), sum(bytes), sum(fetched), sum(videos) from minutes where minute >= :since
+"""
+_STAGED = """
+select c.key, s.source, c.duplicate_of from clips c join sources s on s.id = c.source_id
+where c.shard = '' and c.state = 'done' and s.part >= :low and s.part < :high order by c.id
+"""
+_CLOSE = """
+insert into hosts (host, closed_until, cause, detail) values (:host, :until, :cause, :detail)
+on conflict (host) do update set closed_until = excluded.closed_until, cause = excluded.cause, detail = excluded.detail
+"""
+_TURN = """
+insert into hosts (host, next_at) values (:host, :now + :gap)
+on conflict (host) do update set next_at = :gap + case when hosts.next_at > :now then hosts.next_at else :now end
+returning next_at
+"""
 
 
-def _video(rows: Sequence[sqlite3.Row]) -> SourceVideo:
-    columns = [f.name for f in fields(ClipRequest) if f.name != "labels"]
-    requests = tuple(ClipRequest(labels=tuple(json.loads(r["labels"])), **{name: r[name] for name in columns}) for r in rows)
-    return SourceVideo(rows[0]["source"], rows[0]["address"], requests)
+def _url(text: str) -> sa.URL:
+    try:
+        url = sa.make_url(text)
+    except sa.exc.ArgumentError as error:
+        raise ValueError("the ledger's URL cannot be read; write it as postgresql://user:password@host:5432/database") from error
+    if url.drivername in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    raise ValueError(f"a ledger cannot live in {url.drivername}; give a file's path, or postgresql://user:password@host/database")
+
+
+def _prepare(connection: Any, _: object) -> None:
+    """SQLite: transactions begin where we say so; a reader never waits for a writer; a commit is on the disk."""
+    connection.isolation_level = None
+    for pragma in ("journal_mode = wal", "synchronous = full"):
+        connection.execute(f"pragma {pragma}")
+
+
+def _says(error: sa.exc.DBAPIError) -> str:
+    return " ".join(str(error.orig).split())[:200]
+
+
+def host_of(address: str) -> str:
+    """Lower-case host of an address, without `www.`; `` for a local path."""
+    if "://" not in address:
+        return ""
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+    return "youtube.com" if host in ("youtu.be", "m.youtube.com") else host.removeprefix("www.")
+
+
+def _place(request: ClipRequest) -> dict[str, Any]:
+    return {"host": host_of(request.address), "part": zlib.crc32(request.source.encode()) % PARTS}
+
+
+def _values(r: ClipRequest) -> dict[str, Any]:
+    return {
+        "key": r.key, "row": r.row, "source": r.source, "start_s": r.start_s, "end_s": r.end_s, "labels": json.dumps(r.labels),
+        "split": r.split, "captions": json.dumps(r.captions) if r.captions else "",
+    }  # fmt: skip
+
+
+def _record(o: Outcome, now: float) -> dict[str, Any]:
+    rule = o.cause.retry if o.cause else None
+    return {
+        "key": o.key, "state": "failed" if o.cause else "done", "cause": str(o.cause or ""), "detail": o.detail,
+        "seconds": o.seconds, "bytes": o.bytes, "fetched": o.fetched, "fingerprint": o.fingerprint,
+        "duplicate_of": o.duplicate_of, "times": rule.times if rule else 0, "due": now + (rule.after_s if rule else 0),
+    }  # fmt: skip
+
+
+def _video(rows: Sequence[Any]) -> SourceVideo:
+    first = rows[0]
+    same = ("row", "manifest", "source", "address", "start_s", "end_s", "split")
+    requests = tuple(
+        ClipRequest(**{name: r[name] for name in same}, labels=tuple(json.loads(r["labels"])), captions=_captions(r["captions"]))
+        for r in rows
+    )
+    return SourceVideo(first["source"], first["address"], requests, first["host"], first["source_id"])
+
+
+def _captions(text: str) -> tuple[tuple[float, float, str], ...]:
+    return tuple((float(begin), float(end), str(words)) for begin, end, words in json.loads(text or "[]"))

