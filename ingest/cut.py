@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 from cmacc.ingest.causes import Cause, IngestFailure
-from cmacc.ingest.checks import check_audio, check_video, check_worth, loudness_db
+from cmacc.ingest.checks import Checks, check_audio, check_video, check_worth, measure
 from cmacc.ingest.encode import VideoWriter, encode_audio, sound_rate
+from cmacc.ingest.fingerprint import looks
 from cmacc.ingest.manifest import ClipRequest
-from cmacc.ingest.source import Picture, Samples, Trouble
+from cmacc.ingest.source import Picture, Samples, Source, Trouble
 from cmacc.shards.clip import Clip, Facts
 from cmacc.shards.profile import Profile
 
@@ -25,17 +27,19 @@ class Limits:
 
     max_clip_s: of a clip that names no end. min_clip_s: a shorter one is too-short.
     slack_s: what may be missing at either end; the nearest picture and silence fill it, so that a clip is as long as asked.
-    silence_db: dBFS below which a clip is silent. still_motion: mean luma change a frame (0..255) below which it is still.
     decoder_threads: for one source video. memory_mb: that the decoders of one child process may hold, MiB.
+    max_video_s, max_streams: of a source video. max_frames: decoded in one pass over it. max_pixels: of one frame.
     """
 
     max_clip_s: float = 60.0
     min_clip_s: float = 0.3
     slack_s: float = 0.25
-    silence_db: float = -70.0
-    still_motion: float = 0.02
     decoder_threads: int = 1
     memory_mb: int = 4096
+    max_video_s: float = 12 * 3600.0
+    max_frames: int = 2_000_000
+    max_pixels: int = 8192 * 4320
+    max_streams: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.min_clip_s <= self.max_clip_s:
@@ -44,14 +48,42 @@ class Limits:
             raise ValueError(f"slack_s is {self.slack_s} and decoder_threads {self.decoder_threads}; give 0 or more")
         if self.memory_mb < 256:
             raise ValueError(f"memory_mb is {self.memory_mb}; no decoder does with less than 256")
+        for name in ("max_video_s", "max_frames", "max_pixels"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give more than 0")
+        if self.max_streams < 2:
+            raise ValueError(f"max_streams is {self.max_streams}; a clip needs two, picture and sound")
+
+    def admit(self, source: Source) -> None:
+        """Raises IngestFailure (too-large) when already the headers of a source video say too much."""
+        video = source.video.codec_context
+        self._refuse(max(len(stream.container.streams) for stream in (source.video, source.audio)), self.max_streams, "streams")
+        self._refuse(video.width * video.height, self.max_pixels, "pixels in a frame")
+        self._refuse(float(source.duration_s or 0), self.max_video_s, "seconds")
+
+    def bounded(self, moments: Iterator[Picture | Samples | Trouble]) -> Iterator[Picture | Samples | Trouble]:
+        """One pass over a source video. Raises IngestFailure (too-large) where it goes on beyond what its headers said."""
+        pictures = 0
+        for moment in moments:
+            if isinstance(moment, Picture):
+                pictures += 1
+                self._refuse(pictures, self.max_frames, "frames to decode")
+                self._refuse(moment.frame.width * moment.frame.height, self.max_pixels, "pixels in a frame")
+                self._refuse(float(moment.time_s), self.max_video_s, "seconds")
+            yield moment
+
+    @staticmethod
+    def _refuse(found: float, most: float, what: str) -> None:
+        if found > most:
+            raise IngestFailure(Cause.TOO_LARGE, f"the source video has {found:.0f} {what}, more than {most:.0f}")
 
 
 class Cut:
     """Frame i shows what the source shows at start + i/fps; sample j sounds at start + j/rate."""
 
     def __init__(self, request: ClipRequest, start_s: Fraction, end_s: Fraction, aspect: Fraction, profile: Profile,
-                 limits: Limits, path: Path) -> None:  # fmt: skip
-        self.request, self.profile, self.limits = request, profile, limits
+                 limits: Limits, path: Path, checks: Checks | None = None) -> None:  # fmt: skip
+        self.request, self.profile, self.limits, self.checks = request, profile, limits, checks or Checks()
         self.start_s = start_s
         # of the whole source, no frame more than it has; of a named interval, the nearest count
         count = (end_s - start_s) * profile.fps
@@ -66,7 +98,7 @@ class Cut:
         self.holes: list[tuple[Fraction, Fraction]] = []  # without a picture for longer than the slack
         self.sound_done = False
         self.trouble: dict[bool, Trouble] = {}
-        self.writer = VideoWriter(path, aspect, profile)
+        self.writer = VideoWriter(path, aspect, profile, looks(self.n_frames))
 
     def too_short(self, source_s: Fraction | None) -> IngestFailure | None:
         """Why it is no use to begin, as far as can be known from the source's declared duration."""
@@ -169,11 +201,13 @@ class Cut:
         return IngestFailure(Cause.TOO_SHORT, f"the source video {detail}")
 
     def _clip(self, video: bytes) -> Clip:
+        found = measure(
+            self.sound, sound_rate(self.profile), self.writer.changes, self.writer.lumas, self.profile.fps, self.checks
+        )
+        check_worth(found, self.checks)
         audio = encode_audio(self.sound, self.profile)
         keyframes = check_video(video, self.n_frames, self.profile.fps)
         check_audio(audio, len(self.sound))
-        loudness = loudness_db(self.sound)
-        check_worth(loudness, self.writer.motion, self.limits.silence_db, self.limits.still_motion)
         width, height = self.writer.size
         request, profile = self.request, self.profile
         facts = Facts(
@@ -186,9 +220,19 @@ class Cut:
             width=width,
             height=height,
             keyframes=keyframes,
-            loudness_db=round(loudness, 2),
-            motion=round(self.writer.motion, 4),
             labels=request.labels,
             split=request.split,
+            captions=self._captions(),
+            **asdict(found),
         )
         return Clip(request.key, facts, {profile.video_member: video, profile.audio_member: audio})
+
+    def _captions(self) -> tuple[tuple[float, float, str], ...]:
+        """What is said within the clip, in seconds from its start."""
+        length_s = self.n_frames / self.profile.fps
+
+        def inside(at_s: float) -> float:
+            return round(min(max(at_s - float(self.start_s), 0.0), length_s), 3)
+
+        said = ((inside(begin_s), inside(end_s), text) for begin_s, end_s, text in self.request.captions)
+        return tuple((begin_s, end_s, text) for begin_s, end_s, text in said if begin_s < end_s)

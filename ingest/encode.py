@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from av.audio.frame import AudioFrame
 from av.codec.context import Flags
 from av.container import Flags as ContainerFlags
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import ColorRange, Interpolation
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from cmacc.shards.profile import Profile
 
@@ -31,6 +32,7 @@ class Shaper:
         width, height = round(frame.width * aspect), frame.height
         scale = min(1.0, profile.short_side / min(width, height))
         self.width, self.height = _even(width * scale), _even(height * scale)
+        self.reformatter = VideoReformatter()  # a frame's own one would set up its filters for each frame anew
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,7 +41,8 @@ class Shaper:
 
     def shape(self, frame: VideoFrame) -> VideoFrame:
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        shaped = frame.reformat(
+        shaped = self.reformatter.reformat(
+            frame,
             width=self.width,
             height=self.height,
             format="yuvj420p" if self.full_range else "yuv420p",
@@ -77,12 +80,17 @@ def plane_of(frame: VideoFrame, index: int) -> np.ndarray[Any, np.dtype[np.uint8
 
 
 class VideoWriter:
-    """One MP4 of a constant frame rate at `path`; it begins with the first frame, which sets its size."""
+    """One MP4 of a constant frame rate at `path`; it begins with the first frame, which sets its size.
 
-    def __init__(self, path: Path, aspect: Fraction, profile: Profile) -> None:
+    changes: of each frame written, the mean absolute luma change from the one before, 0..255, over every fourth pixel of every
+    fourth line; 0 for the first. lumas: of the frames numbered in `looks` (ascending), uint8 [height, width].
+    """
+
+    def __init__(self, path: Path, aspect: Fraction, profile: Profile, looks: Sequence[int] = ()) -> None:
         self.path, self.aspect, self.profile = path, aspect, profile
-        self.n_frames = 0
-        self.change = 0.0
+        self.looks = looks
+        self.changes: list[float] = []
+        self.lumas: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
         self.shaper: Shaper | None = None
         self.luma: np.ndarray[Any, np.dtype[np.int16]] | None = None
         self.container: Any = None
@@ -94,9 +102,9 @@ class VideoWriter:
         return self.shaper.size if self.shaper else (0, 0)
 
     @property
-    def motion(self) -> float:
-        """Mean absolute luma change from frame to frame, 0..255, over every fourth pixel of every fourth line."""
-        return self.change / max(self.n_frames - 1, 1)
+    def n_frames(self) -> int:
+        """Written so far."""
+        return len(self.changes)
 
     def write(self, frame: VideoFrame, times: int) -> None:
         """Show a decoded frame `times` times."""
@@ -107,14 +115,15 @@ class VideoWriter:
         shaped = self.shaper.shape(frame)
         if self.container is None:
             self._open(shaped)
-        luma = plane_of(shaped, 0)[::4, ::4].astype(np.int16)
-        if self.luma is not None:
-            self.change += float(np.abs(luma - self.luma).mean())
+        plane = plane_of(shaped, 0)
+        self.lumas += [plane] * sum(self.n_frames <= look < self.n_frames + times for look in self.looks)
+        luma = plane[::4, ::4].astype(np.int16)
+        change = float(np.abs(luma - self.luma).mean()) if self.luma is not None else 0.0
         self.luma = luma
-        for _ in range(times):
+        for repeat in range(times):
             shaped.pts, shaped.time_base = self.n_frames, Fraction(1, self.profile.fps)
             self.container.mux(self.stream.encode(shaped))
-            self.n_frames += 1
+            self.changes.append(0.0 if repeat else change)
 
     def _open(self, first: VideoFrame) -> None:
         profile = self.profile

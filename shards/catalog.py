@@ -1,8 +1,9 @@
 """The catalog: one Zarr v3 group, one row per clip, every column on its own.
 
 Numbers are arrays of n rows; text and lists are pairs of arrays, `values` and `offsets` (n + 1), as in Arrow;
-labels and splits are codes into a vocabulary kept in the column's attributes; captions stay in the json member. The rows that count are the first
-`rows` alone, as `dataset.json` has them: what lies behind them is left from an append that was never committed.
+labels and splits are codes into a vocabulary kept in the column's attributes; captions stay in the json member alone.
+The rows that count are the first `rows`, as `dataset.json` has them: what lies behind them is left from an append that was
+never committed.
 """
 
 from __future__ import annotations
@@ -189,7 +190,9 @@ class Catalog:
             **{name: self.texts(name, rows).tolist() for name in TEXTS if name != "key"},
             "labels": self.labels(rows),
             "keyframes": [tuple(values[a:b].tolist()) for a, b in pairwise(offsets)],
-            "fingerprint": [code.astype(">u8").tobytes().hex() if code.any() else "" for code in self.column("fingerprint", rows)],
+            "fingerprint": [
+                code.astype(">u8").tobytes().hex() if code.any() else "" for code in self.column("fingerprint", rows)
+            ],
         }
         return [Facts(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
