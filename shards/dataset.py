@@ -156,6 +156,15 @@ class Dataset:
         """Shard number of each row, int32 (n,); a position in `meta.shards`."""
         return np.repeat(np.arange(len(self.meta.shards), dtype=np.int32), [s.clips for s in self.meta.shards])
 
+    def keys_of_shard(self, name: str) -> list[str]:
+        """Keys of the clips of one shard, in its order. Raises DatasetError when there is no such shard."""
+        at = 0
+        for shard in self.meta.shards:
+            if shard.name == name:
+                return [str(key) for key in self.catalog.texts("key", slice(at, at + shard.clips))]
+            at += shard.clips
+        raise DatasetError(f"{self.url} has no shard {name}")
+
     def rows(self, split: str | None = None) -> NDArray[np.int64]:
         """Row numbers of all clips, or of one split, ascending, int64. Raises DatasetError for a split nobody is in."""
         if split is None:

@@ -22,7 +22,7 @@ from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json, facts_to_json
 from cmacc.shards.index import Member, clips, index_paths, scan, write_indexes
 from cmacc.shards.profile import Profile
-from cmacc.shards.publish import PartFile, clear_parts, no_room_as, publish
+from cmacc.shards.publish import PartFile, clear_parts, no_room_as, publish, sync_directory
 from cmacc.shards.tar import tar_bytes, tar_end, tar_member, tar_padding
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,34 @@ class DatasetWriter:
         log.info("committed %s: %d clips, %d bytes", entry.name, entry.clips, entry.bytes)
         if self._on_commit:
             self._on_commit(entry.name, [e.key for e in rows])
+
+    def adopt(self, tar: Path) -> str:
+        """Take over a shard of another data set with this profile and these members, with its indexes; returns its new name.
+
+        Its bytes are verified, not copied, where both lie on one disk (a hard link); the other data set may be deleted then.
+        Closes the open shard first. Raises DatasetError: a damaged shard, or a clip that is here already.
+        """
+        self.cut()
+        rows = _rows_of(tar, self.members)
+        if twice := next((row.key for row in rows if row.key in self.keys), None):
+            raise DatasetError(f"clip {twice} of {tar} is in {self.path} already; a key is written once")
+        path = self.path / f"clips-{len(self._meta.shards):06d}.tar"
+        with no_room_as(DatasetError, f"no room on the disk of {self.path}; free some and start again"):
+            with tar.open("rb") as file:
+                entry = Shard(
+                    name=path.name, clips=len(rows), bytes=tar.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
+                )
+            for source, target in zip((*index_paths(tar), tar), (*index_paths(path), path), strict=True):
+                _link(source, target)
+            sync_directory(self.path)
+            self._catalog.append(len(self._meta.shards), rows)
+            meta = self._meta.model_copy(update={"shards": [*self._meta.shards, entry]})
+            publish(self.path / META, meta.to_bytes())
+        self._meta = meta
+        self.keys.update(row.key for row in rows)
+        if self._on_commit:
+            self._on_commit(entry.name, [row.key for row in rows])
+        return entry.name
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -214,6 +242,18 @@ class _OpenShard:
         self._file.discard()
         for path in (self.path, *index_paths(self.path)):
             path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        part = target.with_name(target.name + ".part")
+        shutil.copyfile(source, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.rename(target)
 
 
 def _lock(path: Path) -> int:
