@@ -125,9 +125,8 @@ class DatasetWriter:
         path = self.path / f"clips-{len(self._meta.shards):06d}.tar"
         with no_room_as(DatasetError, f"no room on the disk of {self.path}; free some and start again"):
             with tar.open("rb") as file:
-                entry = Shard(
-                    name=path.name, clips=len(rows), bytes=tar.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
-                )
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            entry = Shard(name=path.name, clips=len(rows), bytes=tar.stat().st_size, sha256=digest)
             for source, target in zip((*index_paths(tar), tar), (*index_paths(path), path), strict=True):
                 _link(source, target)
             sync_directory(self.path)
@@ -249,7 +248,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without hard links
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(f".{target.name}.part")
         shutil.copyfile(source, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
