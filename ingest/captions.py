@@ -55,7 +55,8 @@ def _build(source: Path, target: Path) -> None:
             db.execute("create table videos (id text primary key, captions text not null)")
             with source.open("rb") as file, db:
                 rows = ((video, _packed(entry)) for video, entry in ijson.kvitems(file, "", use_float=True))
-                db.executemany("insert or replace into videos values (?, ?)", rows)
+                if not db.executemany("insert or replace into videos values (?, ?)", rows).rowcount:
+                    raise ValueError(f"captions {source} name no video; give JSON of {{video id: {{start, end, text}}}}")
         finally:
             db.close()
         aside.replace(target)

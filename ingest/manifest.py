@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -131,7 +132,7 @@ def read_manifest(
             rows = lambda: tables.rows(name, Path(name), format, Path(name).parent)  # noqa: E731
         manifest = Manifest(name, _Read(reading, rows))
         empty = next(iter(manifest), None) is None
-    except (OSError, duckdb.Error) as error:
+    except (OSError, HTTPException, duckdb.Error) as error:
         raise ValueError(f"manifest {name} cannot be read: {error}") from error
     if empty:
         raise ValueError(f"manifest {name} is empty: it names no clip")
@@ -183,7 +184,7 @@ class _Reading:
         said = _captions(row)
         if self.captions is not None and source.startswith("yt_") and not said:
             said = self.captions.of(source.removeprefix("yt_"))
-        if self.segment_s is not None and end is None and "start" not in row and (self.captions is not None or said):
+        if self.segment_s is not None and end is None and not start and (self.captions is not None or said):
             return _segments(request, said, self.segment_s)
         if said:
             _check_text(*(text for _, _, text in said))
@@ -196,10 +197,12 @@ class _Reading:
         A local file is named by a hash of its absolute path, so that its id is known without reading it: a file that is
         missing today has the id it will have tomorrow, and two folders never clash. Moved files are other source videos.
         """
-        youtube, path = row.get("id"), row.get("path")
-        if url := str(row.get("url") or "").strip():
-            if (found := youtube_id(url)) is not None or ("://" not in url and YOUTUBE_ID.fullmatch(url)):
-                youtube, path = found or url, None
+        url, path, video = (str(row.get(field) or "").strip() for field in ("url", "path", "id"))
+        if not url:
+            url = next((given for given in (path, video) if "://" in given or given[:5].lower() == "file:"), "")
+        if url:
+            if (found := youtube_id(url)) is not None or YOUTUBE_ID.fullmatch(url):
+                path, video = "", found or url
             elif re.match("file:", url, re.I):
                 if not self.allow_private:
                     raise ValueError(f"address {shown(url)} is a file of this machine; {ALLOW}, or write a path")
@@ -209,12 +212,14 @@ class _Reading:
                 return source_id(url=url), url
             else:
                 path = url
-        if path := str(path or "").strip():
+        if path:
             address = self._local(path)
             return source_id(path=address), address
-        if youtube := str(youtube or "").strip():
-            return source_id(youtube_id=youtube), self.template.format(id=youtube)
-        raise ValueError("no YouTube id, URL or path")
+        if not video:
+            raise ValueError("no YouTube id, URL or path")
+        if not YOUTUBE_ID.fullmatch(video):
+            raise ValueError(f"{shown(video)} is not a YouTube id: 11 letters, digits, '_' or '-'")
+        return source_id(youtube_id=video), self.template.replace("{id}", video)
 
     def _local(self, path: str) -> str:
         """The absolute path, without `.` and `..`; a link keeps its own name."""
@@ -245,8 +250,10 @@ class _Read:
                     if isinstance(row, str):
                         raise ValueError(row)
                     yield from self.reading.requests(line, row)
+                except UnicodeEncodeError:
+                    yield BadRow(name, line, "the row holds characters that are no text")
                 except ValueError as error:
-                    yield BadRow(name, line, str(error))
+                    yield BadRow(name, line, str(error)[:300])
         except (OSError, duckdb.Error) as error:
             raise ValueError(f"manifest {name} cannot be read: {error}") from error
 
@@ -291,14 +298,9 @@ def _captions(row: Row) -> tuple[Caption, ...]:
 
 
 def _check_text(*texts: str) -> None:
-    """Raises ValueError for text that no database keeps: halves of UTF-16 pairs, and the character zero."""
-    text = "".join(texts)
-    if "\0" in text:
+    """Raises ValueError for text that not every database keeps: halves of UTF-16 pairs, and the character zero."""
+    if b"\0" in "".join(texts).encode():
         raise ValueError("the row holds a zero character")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the row holds characters that are no text") from error
 
 
 def _seconds(row: Row, field: str) -> float | None:

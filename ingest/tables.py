@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +98,7 @@ class Tables:
         if table.is_file():
             for _, row in self.rows(str(table), table, "table", None):
                 if not isinstance(row, str) and "path" in row:
-                    notes[str(row["path"])] = row
+                    notes[str(row["path"])] = {field: value for field, value in row.items() if field not in ("url", "id")}
         for number, relative in enumerate(_media_files(folder, ""), 1):
             yield number, {**notes.get(relative, notes.get(relative.rpartition("/")[2], {})), "path": relative}
 
@@ -164,20 +163,21 @@ class Tables:
         """How to read the text at `path`, by the first line that tells; None if no line holds anything. Raises ValueError."""
         if format == "jsonl":
             return Layout("jsonl")
-        first, size, binary = "", 0, False
-        for number, line in islice(lines(path), _SNIFFED):
-            if line is None or size > LONGEST:
-                break
-            size += len(line)
-            binary = binary or "\0" in line
-            content = line.strip()
+        first, size, seen, binary = "", 0, 0, False
+        for number, line in lines(path):
+            size += len(line or " " * LONGEST)
+            content = (line or "?").strip()
+            binary = binary or "\0" in content
             if not content or content.startswith("#"):
                 continue
             first = first or content
+            seen += 1
+            if seen > _SNIFFED or size > 2 * LONGEST:
+                break
             plain = content.replace("\t", "").isprintable() and "\ufffd" not in content
             if plain and (found := self._recognised(content, number, format)):
                 return found
-        if not first and not binary:
+        if not first:
             return None
         if binary:
             raise ValueError(
@@ -192,7 +192,10 @@ class Tables:
         if line.startswith("{") and format == "auto":
             return Layout("jsonl")
         delimiter = max(",\t;", key=line.count)
-        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+        try:
+            cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+        except csv.Error:
+            return None
         while cells and not cells[-1].strip():
             cells.pop()
         if not cells:
@@ -217,6 +220,8 @@ class Tables:
         kind: str = format if format in _POSITIONS else "table"
         if format == "auto" and {"category_1", "video_id"} <= set(names) and {"rank", "task_id"} & set(names):
             kind = "howto100m"
+        elif format == "auto" and {"youtube_id", "time_start", "time_end"} <= set(names):
+            kind = "kinetics"
         fields = dict(self.fields)
         if kind == "howto100m" and not self.own_label:
             fields |= {"label": (), "category_1": ("category_1",), "category_2": ("category_2",)}
