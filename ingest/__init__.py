@@ -1,13 +1,17 @@
 """A clip request in, a verified clip (video bytes, audio bytes, facts) or a typed failure out.
 
-`read_manifest` reads a clip list, `Ledger` keeps what became of each row, `work` fetches and cuts groups of source videos in a
-child process, `read_staged` gives the finished clips; `fetched` and `transcode` are the two halves of the work on one video.
+`read_manifest` reads a clip list, `Ledger` keeps what became of each row, a `Crew` of child processes fetches and cuts source
+videos as a `Gate` admits them, `read_staged` gives the finished clips; `fetched` and `transcode` are the two halves of the work
+on one video. `IngestConfig` holds every option.
 """
 
 from cmacc.ingest.causes import Cause, IngestFailure
+from cmacc.ingest.checks import Checks
+from cmacc.ingest.config import IngestConfig
 from cmacc.ingest.cut import Limits
 from cmacc.ingest.fetch import FetchOptions, fetched
-from cmacc.ingest.ledger import Counts, Ledger
+from cmacc.ingest.gate import Gate, Pace
+from cmacc.ingest.ledger import Counts, Ledger, Part, Totals
 from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest, read_manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
 from cmacc.ingest.source import Media
