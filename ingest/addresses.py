@@ -37,7 +37,7 @@ def youtube_id(address: str) -> str | None:
 
 
 def web_address(url: str, allow_private: bool = False) -> str:
-    """`url`, or ValueError with the reason why it is not to be asked for: one sentence that shows no password.
+    """`url`, its scheme in small letters, or ValueError with the reason why it is not to be asked for: one sentence that shows no password.
 
     Without allow_private the host must not be a private, loopback, link-local or reserved IP address in any spelling, nor a
     name of this machine or its network. What a public name resolves to is not looked up here.
@@ -58,7 +58,7 @@ def web_address(url: str, allow_private: bool = False) -> str:
         raise ValueError(f"address {shown(url)} names no host")
     if inner:
         raise ValueError(f"address {shown(url)} is of this machine or a private network; {ALLOW}")
-    return url
+    return parts.scheme + url[len(parts.scheme) :]
 
 
 def file_address(url: str) -> str:
@@ -70,7 +70,7 @@ def file_address(url: str) -> str:
 
 
 def plain_address(url: str) -> str:
-    """What two spellings of one web address share: host in small letters, path and query. Raises ValueError if it names no host."""
+    """What two spellings of one web address share: its host in small letters, path and query. Raises ValueError for none."""
     parts: SplitResult = urlsplit(url)
     if not parts.hostname:
         raise ValueError(f"address {shown(url)} names no host")

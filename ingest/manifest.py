@@ -25,6 +25,8 @@ from cmacc.shards.clip import clip_key, source_id
 
 YOUTUBE = "https://www.youtube.com/watch?v={id}"
 _LONGEST_S = 86_400.0
+# RuntimeError: of DuckDB, over damaged names and texts
+_UNREADABLE = (OSError, HTTPException, duckdb.Error, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def read_manifest(
             rows = lambda: tables.rows(name, Path(name), format, Path(name).parent)  # noqa: E731
         manifest = Manifest(name, _Read(reading, rows))
         empty = next(iter(manifest), None) is None
-    except (OSError, HTTPException, duckdb.Error) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"manifest {name} cannot be read: {error}") from error
     if empty:
         raise ValueError(f"manifest {name} is empty: it names no clip")
@@ -254,7 +256,7 @@ class _Read:
                     yield BadRow(name, line, "the row holds characters that are no text")
                 except ValueError as error:
                     yield BadRow(name, line, str(error)[:300])
-        except (OSError, duckdb.Error) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"manifest {name} cannot be read: {error}") from error
 
 

@@ -346,6 +346,7 @@ def test_addresses_of_private_networks_are_refused_unless_allowed(tmp_path: Path
     assert len(read_manifest(path, allow_private=True).requests) == len(PRIVATE.split() + PUBLIC)
     # the operator's own word
     assert len(read_manifest("http://127.0.0.1:9/a.mp4").requests) == 1
+    assert read_manifest(listed(tmp_path, "HTTPS://example.org/A.mp4")).requests[0].address == "https://example.org/A.mp4"
     own = listed(tmp_path, "dQw4w9WgXcQ,0,10\n")
     assert read_manifest(own, url_template="http://127.0.0.1/{id}?{x}").requests[0].address == "http://127.0.0.1/dQw4w9WgXcQ?{x}"
 
