@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out_console, err_console = Console(), Console(stderr=True)
+_LISTS, _CLIPS, _SITES, _WORK = "What the lists mean", "What a clip is", "How sites are treated", "How the work is done"
 
 
 @app.callback()
@@ -75,9 +76,12 @@ def _is_refusal(error: Exception) -> bool:
     return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
 
 
-def _call(flow: Any, *arguments: Any, **options: Any) -> Any:
-    """Run a flow: tracked by the server that PREFECT_API_URL names, or as the plain function it is, with no server at all."""
-    return (flow if os.environ.get("PREFECT_API_URL") else flow.fn)(*arguments, **options)
+def _call(flow: Any, *arguments: Any, tracked: bool = False, **options: Any) -> Any:
+    """Run a flow: tracked by the server that PREFECT_API_URL names, or as the plain function it is, with no server at all.
+
+    tracked: it needs one, so that a temporary server is started if need be.
+    """
+    return (flow if tracked or os.environ.get("PREFECT_API_URL") else flow.fn)(*arguments, **options)
 
 
 def _escape(text: str) -> str:
@@ -128,56 +132,127 @@ def sample_world(
 
 @app.command(
     epilog="Example: [bold]cmacc ingest train=balanced_train_segments.csv eval=eval_segments.csv --out data/audioset "
-    "--workers 4 --pause 5[/bold]"
+    "--opt-out opt-out.txt[/bold]"
 )
 def ingest(
     manifests: Annotated[
         list[str],
         typer.Argument(
-            help="Clip lists, as PATH or SPLIT=PATH: AudioSet, VGGSound, Kinetics, "
-            "ACAV100M, CSV, TSV, JSONL, Parquet, a folder or a media file."
+            help="Clip lists, as PATH or SPLIT=PATH: AudioSet, VGGSound, Kinetics, ACAV100M, HowTo100M, "
+            "CSV, TSV, JSONL, Parquet, a folder or a media file."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the data set; an existing one is continued.")],
-    url_template: Annotated[str | None, typer.Option(help="Address of a YouTube id, with {id} in it.")] = None,
-    manifest_format: Annotated[str, typer.Option("--format", help="Form of the lists, if it is not to be recognised.")] = "auto",
-    label_column: Annotated[str, typer.Option(help="Column of a table that holds the label, if none is named so.")] = "",
-    profile: Annotated[str, typer.Option(help="h264, h264-dense, mjpeg or vp9.")] = "h264",
-    short_side: Annotated[int | None, typer.Option(help="Pixels of the shorter side.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
-    gop: Annotated[int | None, typer.Option(help="Frames from keyframe to keyframe.")] = None,
-    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
-    workers: Annotated[int, typer.Option(help="Source videos worked on at once.")] = 2,
-    retry: Annotated[list[str] | None, typer.Option(help="Try failures of this cause again; may be given several times.")] = None,
-    cookies: Annotated[str, typer.Option(help="Netscape cookie file for the download.")] = "",
-    proxy: Annotated[str, typer.Option(help="Proxy for the download.")] = "",
-    pause: Annotated[float, typer.Option(help="Seconds between downloads of one worker.")] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for one source video.")] = 600.0,
+    url_template: Annotated[
+        str | None, typer.Option(help="Address of a YouTube id, with {id} in it.", rich_help_panel=_LISTS)
+    ] = None,
+    manifest_format: Annotated[
+        str, typer.Option("--format", help="Form of the lists, if it is not to be recognised.", rich_help_panel=_LISTS)
+    ] = "auto",
+    label_column: Annotated[
+        str, typer.Option(help="Column of a table that holds the label, if none is named so.", rich_help_panel=_LISTS)
+    ] = "",
+    captions: Annotated[str, typer.Option(help="HowTo100M's caption.json.", rich_help_panel=_LISTS)] = "",
+    segment: Annotated[
+        float | None,
+        typer.Option(help="Cut the captioned part of a video into clips of so many seconds.", rich_help_panel=_LISTS),
+    ] = None,
+    allow_private: Annotated[
+        bool, typer.Option(help="Take file: addresses and those of this machine and of private networks.", rich_help_panel=_LISTS)
+    ] = False,
+    opt_out: Annotated[
+        str, typer.Option(help="File of ids, addresses or keys that are never taken, one a line.", rich_help_panel=_LISTS)
+    ] = "",
+    profile: Annotated[str, typer.Option(help="h264, h264-dense, mjpeg or vp9.", rich_help_panel=_CLIPS)] = "h264",
+    short_side: Annotated[int | None, typer.Option(help="Pixels of the shorter side.", rich_help_panel=_CLIPS)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second.", rich_help_panel=_CLIPS)] = None,
+    gop: Annotated[int | None, typer.Option(help="Frames from keyframe to keyframe.", rich_help_panel=_CLIPS)] = None,
+    audio: Annotated[str | None, typer.Option(help="flac or opus (48 kHz).", rich_help_panel=_CLIPS)] = None,
+    audio_rate: Annotated[int | None, typer.Option(help="Hz of FLAC, 16000 by default.", rich_help_panel=_CLIPS)] = None,
+    shard_mb: Annotated[int, typer.Option(help="MiB a shard.", rich_help_panel=_CLIPS)] = 256,
+    videos_per_hour: Annotated[
+        float | None,
+        typer.Option(help="Of each site; 0: no limit. Left out: 300 for YouTube, no limit elsewhere.", rich_help_panel=_SITES),
+    ] = None,
+    when_parked: Annotated[
+        str, typer.Option(help="After a rate limit or bot check: wait an hour and go on, or stop.", rich_help_panel=_SITES)
+    ] = "wait",
+    cookies: Annotated[str, typer.Option(help="Netscape cookie file for the download.", rich_help_panel=_SITES)] = "",
+    proxy: Annotated[str, typer.Option(help="Proxy for the download.", rich_help_panel=_SITES)] = "",
+    retry: Annotated[
+        list[str] | None, typer.Option(help="Try failures of these causes again now, as network,timeout.", rich_help_panel=_WORK)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Source videos worked on at once.", rich_help_panel=_WORK)] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds for one source video.", rich_help_panel=_WORK)] = 600.0,
+    ledger: Annotated[
+        str, typer.Option(envvar="CMACC_LEDGER", help="postgresql://… instead of a file in OUT.", rich_help_panel=_WORK)
+    ] = "",
+    parts: Annotated[
+        int, typer.Option(help="Share the work out to so many flow runs on a Prefect work pool.", rich_help_panel=_WORK)
+    ] = 1,
+    dask: Annotated[str, typer.Option(help="Address of a Dask scheduler that does the work.", rich_help_panel=_WORK)] = "",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="name=value, e.g. fetch.short_side=720 or checks.near_duplicate=filter.", rich_help_panel=_WORK
+        ),
+    ] = None,
 ) -> None:
     """Download and transcode clips into WebDataset shards. The same command continues a run."""
     from cmacc.flows.ingest import ingest as flow
 
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "url_template": url_template,
         "manifest_format": manifest_format,
         "label_column": label_column,
+        "captions": captions,
+        "segment_s": segment,
         "profile_name": profile,
         "short_side": short_side,
         "fps": fps,
         "gop": gop,
+        "audio": audio,
+        "audio_rate": audio_rate,
         "shard_mb": shard_mb,
         "workers": workers,
-        "retry": retry,
+        "retry": [cause for text in retry or () for cause in text.split(",")],
+        "videos_per_hour": videos_per_hour,
+        "when_parked": when_parked,
         "cookies": cookies,
         "proxy": proxy,
-        "pause_s": pause,
+        "opt_out": opt_out,
+        "allow_private": allow_private,
         "timeout_s": timeout,
+        "ledger": ledger,
+        "parts": parts,
+        "dask": dask,
+        "options": _options(options),
     }
-    counts = _call(flow, manifests, str(out), **options)
+    counts = _call(flow, manifests, str(out), tracked=bool(dask), **arguments)
     _table(
         f"ingest: {out}",
         {**{k: v for k, v in counts.items() if k != "causes"}, **{f"failed: {k}": v for k, v in counts["causes"].items()}},
     )
+
+
+@app.command(epilog="Example: [bold]cmacc status data/audioset --price-hour 0.40 --price-gb-month 0.02[/bold]")
+def status(
+    data: Annotated[str, typer.Argument(help="The folder that `cmacc ingest` writes, at work or not.")],
+    ledger: Annotated[str, typer.Option(envvar="CMACC_LEDGER", help="The ledger's URL, if it has moved.")] = "",
+    price_hour: Annotated[float, typer.Option(help="Of an hour of the machine.")] = 0.0,
+    price_gb_in: Annotated[float, typer.Option(help="Of a GB downloaded.")] = 0.0,
+    price_gb_month: Annotated[float, typer.Option(help="Of a GB stored for a month.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where an ingest stands: done, pending, failed by cause, speed, bytes, time left, cost of 1,000 clips."""
+    from cmacc.flows.status import Prices
+    from cmacc.flows.status import status as read
+
+    rows = read(data, ledger, Prices(price_hour, price_gb_in, price_gb_month))
+    if as_json:
+        print(json.dumps({name.strip(): text for name, text in rows.items()}, indent=2))
+    else:
+        _table(data, rows)
 
 
 @app.command(

@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect import flow
 
-from cmacc.flows.pack import Packer
-from cmacc.flows.progress import progress, table, under_prefect
-from cmacc.ingest import Cause, FetchOptions, IngestFailure, Ledger, Manifest, Outcome, SourceVideo, read_manifest, stop_all, work
+from cmacc.flows.part import do_part
+from cmacc.flows.parts import ingest_parts, merge_parts
+from cmacc.flows.plan import Plan
+from cmacc.flows.progress import progress, table
+from cmacc.flows.status import status_rows
+from cmacc.flows.work_through import Hands
+from cmacc.ingest import Cause, ClipRequest, IngestConfig, IngestFailure, Ledger, Manifest, read_manifest
+from cmacc.ingest.captions import Captions
 from cmacc.ingest.manifest import Format
+from cmacc.ingest.optout import OptOut
 from cmacc.shards.dataset import Dataset
-from cmacc.shards.profile import Profile, profile
-from cmacc.shards.writer import DatasetWriter
+from cmacc.shards.options import change
+from cmacc.shards.profile import profile
 
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 64
-VIDEOS_A_TASK = 32
-"""A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
-
-
-@dataclass(frozen=True)
-class HowTo:
-    """How source videos are worked on. timeout_s: wall-clock seconds for one of them."""
-
-    profile: Profile
-    staging: Path
-    options: FetchOptions
-    timeout_s: float
-
-
-class Worked(NamedTuple):
-    """What became of a group's clips, and the failure that halts the whole run (a rate limit, a full disk), if one came."""
-
-    outcomes: list[Outcome]
-    halt: IngestFailure | None
-
-
-@task(task_run_name="videos {first}", cache_policy=NO_CACHE)
-def work_on(first: int, videos: Sequence[SourceVideo], how: HowTo) -> Worked:
-    """Fetch and cut a group of source videos in a child process. first: number of the first of them, for the run's name."""
-    outcomes: list[Outcome] = []
-    try:
-        for outcome in work(videos, profile=how.profile, staging=how.staging, options=how.options, timeout_s=how.timeout_s):
-            outcomes.append(outcome)
-    except IngestFailure as halt:
-        return Worked(outcomes, halt)
-    return Worked(outcomes, None)
 
 
 @flow(name="ingest", log_prints=False)
@@ -67,105 +36,134 @@ def ingest(
     url_template: str | None = None,
     manifest_format: Format = "auto",
     label_column: str = "",
+    captions: str = "",
+    segment_s: float | None = None,
     profile_name: Literal["h264", "h264-dense", "mjpeg", "vp9"] = "h264",
     short_side: int | None = None,
     fps: int | None = None,
     gop: int | None = None,
+    audio: Literal["flac", "opus"] | None = None,
+    audio_rate: int | None = None,
     shard_mb: int = 256,
     workers: int = 2,
     retry: list[str] | None = None,
+    videos_per_hour: float | None = None,
+    when_parked: Literal["wait", "stop"] = "wait",
     cookies: str = "",
     proxy: str = "",
-    pause_s: float = 0.0,
+    opt_out: str = "",
+    allow_private: bool = False,
     timeout_s: float = 600.0,
+    ledger: str = "",
+    parts: int = 1,
+    dask: str = "",
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Download and transcode the clips of `manifests` into the data set `out`; returns the counts of its ledger.
 
     manifests: `PATH` or `SPLIT=PATH` each, any form that `cmacc.ingest.read_manifest` knows. url_template: address of a
-    YouTube id, with `{id}` in it. label_column: of a table, if none is named label. short_side, fps, gop: changes to the
-    profile. retry: causes whose failures are tried again. pause_s: seconds between downloads of one worker. timeout_s: for
-    one source video. Raises ValueError, DatasetError or IngestFailure with one sentence when the whole job cannot go on.
+    YouTube id, with `{id}` in it. label_column: of a table, if none is named label. captions: HowTo100M's JSON; segment_s:
+    seconds of the clips that a captioned video is cut into. short_side, fps, gop, audio, audio_rate: changes to the profile.
+    retry: causes whose failures are tried again now. videos_per_hour: of each site, by all workers together; left out, what
+    YouTube lets a guest have. when_parked: wait for a site that has had enough, or stop. opt_out: a list of what is never
+    taken. allow_private: addresses of this machine and of private networks too. timeout_s: for one source video. ledger: URL of
+    a PostgreSQL database, the data set's own file by default. parts: so many flow runs on a work pool share the work. dask:
+    address of a Dask scheduler that does it. options: any other field of `IngestConfig` by dotted name.
+
+    Raises ValueError, DatasetError or IngestFailure with one sentence when the whole job cannot go on.
     """
     if not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"workers is {workers}; give 1 to {MOST_WORKERS}")
-    kind = profile(profile_name, short_side=short_side, fps=fps, gop=gop)
     causes = [_cause(name) for name in retry or ()]
-    options = FetchOptions(cookies=cookies, proxy=proxy, pause_s=pause_s)
-    lists = [_read(text, manifest_format, url_template, label_column) for text in manifests]
+    kind = profile(
+        profile_name,
+        short_side=short_side,
+        fps=fps,
+        gop=gop,
+        audio_codec=audio,
+        audio_rate=48_000 if audio == "opus" else audio_rate,
+    )
+    config = change(
+        IngestConfig(profile=kind, timeout_s=timeout_s),
+        {
+            "fetch.cookies": cookies,
+            "fetch.proxy": proxy,
+            # the template is the operator's own word, wherever it leads
+            "fetch.allow_private": allow_private or bool(url_template),
+            "pace.videos_per_hour": videos_per_hour,
+            "pace.when_parked": when_parked,
+            **(options or {}),
+        },
+    )
+    said = Captions(Path(captions)) if captions else None
+    lists = [_read(text, manifest_format, url_template, label_column, said, segment_s, allow_private) for text in manifests]
     home = Path(out)
-    halted: IngestFailure | None = None
-    with Ledger(home / "ingest" / "ledger.sqlite") as ledger:
+    # Names without folders: the same clips give the same bytes, wherever their lists lie.
+    made_by = {"manifests": [Path(m.name).name for m in lists], "versions": {n: version(n) for n in ("cmacc", "av", "yt-dlp")}}
+    plan = Plan(config, Hands(workers, dask), ledger, shard_mb, made_by)
+    with plan.open_ledger(home) as book:
         for manifest in lists:
-            ledger.add(manifest)
-        packer = Packer(ledger, home)
-        # Names without folders: the same clips give the same bytes, wherever their lists lie.
-        made_by = {
-            "manifests": [Path(m.name).name for m in lists],
-            "versions": {n: version(n) for n in ("cmacc", "av", "yt-dlp")},
-        }
-        with DatasetWriter(
-            home, kind, shard_bytes=shard_mb << 20, provenance={"ingest": made_by}, on_commit=packer.committed
-        ) as writer:
-            packer.settle(writer.keys)
-            videos = ledger.pending(causes)
-            counts = ledger.counts()
-            log.info("%s: %d rows, %d clips there, %d source videos to do", home, counts.rows, counts.done, len(videos))
-            packer.pack(writer)
-            # Every pending clip has one outcome; failures to be tried again are pending too by now.
-            todo = sum(len(v.requests) for v in videos)
-            working = _worked(videos, HowTo(kind, packer.staging, options, timeout_s), workers)
-            with progress("ingest", total=todo) as tell, closing(working):
-                done = failed = 0
-                for outcomes, halt in working:
-                    ledger.record(outcomes)
-                    packer.pack(writer)
-                    done, failed = done + len(outcomes), failed + sum(o.cause is not None for o in outcomes)
-                    tell(done, f"{failed} failed")
-                    if halt:
-                        halted = halt
-                        break
-        counts = ledger.counts()
-        summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
-                   "pending": counts.pending, "causes": counts.causes}  # fmt: skip
-    _report(summary)
-    if halted:
-        raise IngestFailure(
-            halted.cause, f"{halted.detail}; {counts.done} clips are done and safe, the same command goes on later"
-        )
+            book.add(manifest)
+        if opt_out:
+            _leave_out(book, OptOut.read(Path(opt_out)))
+        book.retry(causes)
+        plan.save(home)
+        merge_parts(home, plan, book, but_of=parts)
+        clips, videos = book.count_todo()
+        counts = book.counts()
+        log.info("%s: %d rows, %d clips there, %d clips of %d source videos to do", home, counts.rows, counts.done, clips, videos)
+        with progress("ingest", total=clips) as tell:
+            stop = ingest_parts(home, plan, book, parts, tell) if parts > 1 else do_part(home, home, plan, book, tell)
+        counts = book.counts()
+        table("ingest-counts", [{"what": name, "is": text} for name, text in status_rows(book, config.pace).items()])
+        due = book.next_due()
+    summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
+               "pending": counts.pending, "causes": counts.causes}  # fmt: skip
+    if stop:
+        raise IngestFailure(stop.cause, f"{stop.detail}; {counts.done} clips are done and safe, the same command goes on later")
     if not counts.done:
-        raise ValueError(f"no clip of {', '.join(manifests)} could be had ({_in_words(counts.causes)}); nothing was written")
-    log.info("%s: %d clips; %s", home, len(Dataset.open(home)), _in_words(counts.causes))
+        raise ValueError(f"no clip of {', '.join(manifests)} could be had ({in_words(counts.causes)}); nothing was written")
+    log.info("%s: %d clips; %s", home, len(Dataset.open(home)), in_words(counts.causes))
+    if due is not None:
+        log.info("some failures may mend themselves: the same command takes them up from %s on", time.ctime(due))
     return summary
 
 
-def _worked(videos: Sequence[SourceVideo], how: HowTo, workers: int) -> Generator[Worked, None, None]:
-    """Group by group, in the order of the manifests, so that shards do not depend on who is done first.
-
-    Closing the generator, or an error in it, kills the children and drops the groups that wait.
-    """
-    size = max(1, min(VIDEOS_A_TASK, -(-len(videos) // (4 * workers))))
-    groups = deque((i, videos[i : i + size]) for i in range(0, len(videos), size))
-    waiting: deque[Any] = deque()
-    pool: Any = ThreadPoolTaskRunner(max_workers=workers) if under_prefect() else ThreadPoolExecutor(workers)
-    with pool:
-        try:
-            while groups or waiting:
-                while groups and len(waiting) < 2 * workers:
-                    job = dict(zip(("first", "videos", "how"), (*groups.popleft(), how), strict=True))
-                    waiting.append(pool.submit(work_on, job) if under_prefect() else pool.submit(work_on.fn, **job))
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                getattr(future, "wrapped_future", future).cancel()
-            stop_all()
-
-
-def _read(text: str, manifest_format: Format, url_template: str | None, label_column: str) -> Manifest:
+def _read(
+    text: str,
+    manifest_format: Format,
+    url_template: str | None,
+    label_column: str,
+    captions: Captions | None,
+    segment_s: float | None,
+    allow_private: bool,
+) -> Manifest:
     """`SPLIT=PATH` or `PATH`; a `=` further right than the first `/` or `?` belongs to the path."""
     split, mark, path = text.partition("=")
     if not mark or not split.replace("-", "").replace("_", "").isalnum():
         split, path = "", text
-    return read_manifest(path, format=manifest_format, url_template=url_template, split=split, label_column=label_column)
+    return read_manifest(
+        path, format=manifest_format, url_template=url_template, split=split, label_column=label_column, captions=captions,
+        segment_s=segment_s, allow_private=allow_private,
+    )  # fmt: skip
+
+
+def _leave_out(ledger: Ledger, opted: OptOut) -> None:
+    """Fail what is on the list and not in a shard yet; say what is in one."""
+    left_out, there = [], 0
+    for row in ledger.rows():
+        if row["key"] and opted.opted_out(_request(row)):
+            there += bool(row["shard"])
+            left_out += [] if row["shard"] else [str(row["key"])]
+    ledger.refuse(left_out, Cause.OPTED_OUT, "on the opt-out list")
+    if there:
+        log.warning(
+            "%d clips on the opt-out list are in shards already; `cmacc reshard --where` writes the data set without them", there
+        )
+
+
+def _request(row: dict[str, Any]) -> ClipRequest:
+    return ClipRequest(row["row"], row["manifest"], row["source"], row["address"], row["start_s"], row["end_s"])
 
 
 def _cause(name: str) -> Cause:
@@ -175,13 +173,6 @@ def _cause(name: str) -> Cause:
         raise ValueError(f"there is no cause {name!r} to retry; use some of {', '.join(Cause)}") from None
 
 
-def _in_words(causes: dict[str, int]) -> str:
+def in_words(causes: dict[str, int]) -> str:
+    """`3 gone, 1 network`, most frequent first."""
     return ", ".join(f"{n} {cause}" for cause, n in sorted(causes.items(), key=lambda item: -item[1])) or "no failure"
-
-
-def _report(summary: dict[str, Any]) -> None:
-    rows = [
-        *((state, summary[state]) for state in ("rows", "done", "pending", "bad_rows")),
-        *((f"failed: {cause}", n) for cause, n in summary["causes"].items()),
-    ]
-    table("ingest-counts", [{"state": s, "clips": n} for s, n in rows])

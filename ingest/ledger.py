@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
+from cmacc.ingest import ledger_sql as sql
 from cmacc.ingest.causes import Cause
 from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
@@ -24,69 +25,6 @@ PARTS = 4096
 """Source videos are dealt to so many parts by a hash of their id; a worker takes a range of them."""
 
 _ROWS_AT_ONCE = 2000
-_TABLES = sa.MetaData()
-_TEXT = {"type_": sa.Text, "nullable": False, "server_default": ""}
-_REAL = {"type_": sa.Double, "nullable": False, "server_default": "0"}
-_INT = {"type_": sa.BigInteger, "nullable": False, "server_default": "0"}
-_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers rows by itself only under this name
-
-_MANIFESTS = sa.Table(
-    "manifests", _TABLES,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("digest", **_TEXT),
-    sa.Column("pass", **_INT),
-)  # fmt: skip
-_SOURCES = sa.Table(
-    "sources", _TABLES,
-    sa.Column("id", _ID, primary_key=True),
-    sa.Column("source", sa.Text, nullable=False, unique=True),
-    sa.Column("address", **_TEXT),
-    sa.Column("host", **_TEXT),
-    sa.Column("part", **_INT),
-)  # fmt: skip
-_CLIPS = sa.Table(
-    "clips", _TABLES,
-    sa.Column("id", _ID, primary_key=True),
-    sa.Column("key", sa.Text, unique=True),  # null for a bad row
-    sa.Column("manifest", **_TEXT),
-    sa.Column("row", **_INT),
-    sa.Column("pass", **_INT),  # the reading of the manifest that named it last
-    sa.Column("source_id", sa.BigInteger),
-    sa.Column("start_s", **_REAL),
-    sa.Column("end_s", sa.Double),
-    sa.Column("labels", **_TEXT),
-    sa.Column("split", **_TEXT),
-    sa.Column("captions", **_TEXT),
-    sa.Column("state", sa.Text, sa.CheckConstraint("state in ('pending', 'done', 'failed', 'bad-row')"), nullable=False),
-    sa.Column("cause", **_TEXT),
-    sa.Column("detail", **_TEXT),
-    sa.Column("due_at", sa.Double),  # Unix time from which on it is to be worked on; null: not by itself
-    sa.Column("attempts", **_INT),
-    sa.Column("seconds", **_REAL),
-    sa.Column("bytes", **_INT),
-    sa.Column("fetched", **_INT),
-    sa.Column("shard", **_TEXT),
-    sa.Column("fingerprint", **_TEXT),
-    sa.Column("duplicate_of", **_TEXT),
-)  # fmt: skip
-_DUE = _CLIPS.c.due_at.is_not(None)
-sa.Index("clips_due", _CLIPS.c.source_id, _CLIPS.c.due_at, sqlite_where=_DUE, postgresql_where=_DUE)
-sa.Index("clips_by_state", _CLIPS.c.state, _CLIPS.c.cause)
-sa.Index("clips_by_shard", _CLIPS.c.shard, _CLIPS.c.state)
-sa.Index("clips_by_source", _CLIPS.c.source_id)
-_MINUTES = sa.Table(
-    "minutes", _TABLES,  # what was recorded in each minute of Unix time
-    sa.Column("minute", sa.BigInteger, primary_key=True, autoincrement=False),
-    *(sa.Column(name, **_INT) for name in ("done", "failed", "bytes", "fetched", "videos")),
-)  # fmt: skip
-_HOSTS = sa.Table(
-    "hosts", _TABLES,
-    sa.Column("host", sa.Text, primary_key=True),
-    sa.Column("closed_until", **_REAL),
-    sa.Column("cause", **_TEXT),
-    sa.Column("detail", **_TEXT),
-    sa.Column("next_at", **_REAL),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,7 +91,7 @@ class Ledger:
             sa.event.listen(self.engine, "connect", _prepare)
         try:
             with self._writing() as db:
-                _TABLES.create_all(db)
+                sql.TABLES.create_all(db)
         except sa.exc.DBAPIError as error:
             self.close()
             raise ValueError(f"the ledger {url.render_as_string()} cannot be opened: {_says(error)}; mend its URL") from error
@@ -168,7 +106,7 @@ class Ledger:
         """
         with self._writing() as db:
             digest, number = getattr(manifest, "digest", ""), 1
-            if known := db.execute(sa.select(_MANIFESTS).where(_MANIFESTS.c.name == manifest.name)).first():
+            if known := db.execute(sa.select(sql.MANIFESTS).where(sql.MANIFESTS.c.name == manifest.name)).first():
                 if digest and known.digest == digest:
                     return
                 number = known[2] + 1
@@ -198,9 +136,9 @@ class Ledger:
                 ),
                 list(sources.values()),
             )
-            db.execute(sa.text(_ENTER), [{**at, **_values(r)} for r in requests])
+            db.execute(sa.text(sql.ENTER), [{**at, **_values(r)} for r in requests])
             keys = [r.key for r in requests]
-            owners = db.execute(sa.select(_CLIPS.c["key", "manifest", "row"]).where(_CLIPS.c.key.in_(keys)))
+            owners = db.execute(sa.select(sql.CLIPS.c.key, sql.CLIPS.c.manifest, sql.CLIPS.c.row).where(sql.CLIPS.c.key.in_(keys)))
             owner = {row.key: (row.manifest, row[2]) for row in owners}
             for r, key in zip(requests, keys, strict=True):
                 if owner[key] != (at["manifest"], r.row):
@@ -224,8 +162,8 @@ class Ledger:
         closed: hosts of which nothing is wanted. now: Unix time, by which a failed clip must be due.
         """
         where = part.bounds | {"now": time.time() if now is None else now, "closed": list(closed), "n": 64, "after": 0}
-        ids = sa.text(_TODO_IDS).bindparams(sa.bindparam("closed", expanding=True, type_=sa.Text))
-        rows = sa.text(_TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
+        ids = sa.text(sql.TODO_IDS).bindparams(sa.bindparam("closed", expanding=True, type_=sa.Text))
+        rows = sa.text(sql.TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
         while True:
             with self._reading() as db:
                 found = list(db.execute(ids, where).scalars())
@@ -239,20 +177,27 @@ class Ledger:
         """(clips, source videos) that `todo` would give."""
         where = part.bounds | {"now": time.time() if now is None else now}
         with self._reading() as db:
-            clips, videos = db.execute(sa.text(_COUNT_TODO), where).one()
+            clips, videos = db.execute(sa.text(sql.COUNT_TODO), where).one()
         return clips, videos
+
+    def left(self) -> dict[str, tuple[int, int]]:
+        """host: (source videos, clips) that are to be worked on now or later; local files are host ``."""
+        with self._reading() as db:
+            return {row.host: (row.videos, row.clips) for row in db.execute(sa.text(sql.LEFT))}
 
     def next_due(self, part: Part = Part()) -> float | None:
         """Unix time at which the next failed clip is due again; None when none is."""
         with self._reading() as db:
-            found = db.execute(sa.text(_NEXT_DUE), part.bounds).scalar()
+            found = db.execute(sa.text(sql.NEXT_DUE), part.bounds).scalar()
         return None if found is None else float(found)
 
     def retry(self, causes: Iterable[str]) -> None:
         """Failed clips of these causes are due now."""
         with self._writing() as db:
             db.execute(
-                sa.update(_CLIPS).where(_CLIPS.c.state == "failed", _CLIPS.c.cause.in_([str(c) for c in causes])).values(due_at=0)
+                sa.update(sql.CLIPS)
+                .where(sql.CLIPS.c.state == "failed", sql.CLIPS.c.cause.in_([str(c) for c in causes]))
+                .values(due_at=0)
             )
 
     # --- what became of it ---
@@ -273,12 +218,12 @@ class Ledger:
         }
         with self._writing() as db:
             # one order of rows for all, or two workers wait for each other
-            changed = db.execute(sa.text(_RECORD), [_record(o, now) for o in sorted(entered, key=lambda o: o.key)])
+            changed = db.execute(sa.text(sql.RECORD), [_record(o, now) for o in sorted(entered, key=lambda o: o.key)])
             if changed.rowcount != len(entered):
-                known = set(db.execute(sa.select(_CLIPS.c.key).where(_CLIPS.c.key.in_([o.key for o in entered]))).scalars())
+                known = set(db.execute(sa.select(sql.CLIPS.c.key).where(sql.CLIPS.c.key.in_([o.key for o in entered]))).scalars())
                 lost = next((o.key for o in entered if o.key not in known), "one of them")
                 raise KeyError(f"clip {lost} is in no manifest of this ledger")
-            db.execute(sa.text(_MINUTE), minute)
+            db.execute(sa.text(sql.MINUTE), minute)
 
     def mark_done(self, keys: Iterable[str], shard: str) -> None:
         """These clips lie in `shard`."""
@@ -310,7 +255,7 @@ class Ledger:
     def staged(self, part: Part = Part()) -> list[dict[str, str]]:
         """key, source and duplicate_of of the clips that are done but lie in no shard yet, in the order of the manifests."""
         with self._reading() as db:
-            return [dict(row) for row in db.execute(sa.text(_STAGED), part.bounds).mappings()]
+            return [dict(row) for row in db.execute(sa.text(sql.STAGED), part.bounds).mappings()]
 
     def shards(self) -> dict[str, int]:
         """Clips by the name of their shard."""
@@ -320,7 +265,9 @@ class Ledger:
 
     def keys_of_shard(self, shard: str) -> list[str]:
         with self._reading() as db:
-            return list(db.execute(sa.select(_CLIPS.c.key).where(_CLIPS.c.shard == shard, _CLIPS.c.state == "done")).scalars())
+            return list(
+                db.execute(sa.select(sql.CLIPS.c.key).where(sql.CLIPS.c.shard == shard, sql.CLIPS.c.state == "done")).scalars()
+            )
 
     def fingerprints(self) -> Iterator[tuple[str, str]]:
         """(key, fingerprint) of the done clips that have one, in the order in which they were asked for."""
@@ -331,10 +278,13 @@ class Ledger:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row with all its columns, for reports."""
-        columns = [c for c in _CLIPS.c if c.name not in ("id", "source_id", "pass")] + [_SOURCES.c.source, _SOURCES.c.address]
-        joined = _CLIPS.outerjoin(_SOURCES, _SOURCES.c.id == _CLIPS.c.source_id)
+        columns = [c for c in sql.CLIPS.c if c.name not in ("id", "source_id", "pass")] + [
+            sql.SOURCES.c.source,
+            sql.SOURCES.c.address,
+        ]
+        joined = sql.CLIPS.outerjoin(sql.SOURCES, sql.SOURCES.c.id == sql.CLIPS.c.source_id)
         with self._reading() as db:
-            query = sa.select(*columns).select_from(joined).order_by(_CLIPS.c.id)
+            query = sa.select(*columns).select_from(joined).order_by(sql.CLIPS.c.id)
             for row in db.execution_options(yield_per=_ROWS_AT_ONCE).execute(query).mappings():
                 yield {**row, "source": row["source"] or "", "address": row["address"] or ""}
 
@@ -348,11 +298,12 @@ class Ledger:
     def totals(self, since: float = 0.0, now: float | None = None) -> Totals:
         """What was recorded from Unix time `since` on; `seconds` run from the first such minute to now."""
         with self._reading() as db:
-            row = db.execute(sa.text(_TOTALS), {"since": int(since // 60)}).one()
+            row = db.execute(sa.text(sql.TOTALS), {"since": int(since // 60)}).one()
         if row[0] is None:
             return Totals()
         seconds = (time.time() if now is None else now) - 60.0 * row[0]
-        return Totals(*(int(value) for value in row[1:]), seconds=max(seconds, 1.0))
+        done, failed, written, fetched, videos = map(int, row[1:])
+        return Totals(done, failed, written, fetched, videos, max(seconds, 1.0))
 
     # --- hosts: who is closed, and whose turn it is ---
 
@@ -360,7 +311,7 @@ class Ledger:
         """Nothing is asked of this host before Unix time `until`."""
         values = {"host": host, "until": until, "cause": str(cause), "detail": detail}
         with self._writing() as db:
-            db.execute(sa.text(_CLOSE), values)
+            db.execute(sa.text(sql.CLOSE), values)
 
     def closed_hosts(self, now: float | None = None) -> dict[str, tuple[float, str, str]]:
         """host: (Unix time until which it is closed, cause, detail)."""
@@ -377,7 +328,7 @@ class Ledger:
         """
         now = time.time() if now is None else now
         with self._writing() as db:
-            return float(db.execute(sa.text(_TURN), {"host": host, "now": now, "gap": gap_s}).scalar_one()) - gap_s
+            return float(db.execute(sa.text(sql.TURN), {"host": host, "now": now, "gap": gap_s}).scalar_one()) - gap_s
 
     # --- inside ---
 
@@ -401,59 +352,6 @@ class Ledger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-_ENTER = """
-insert into clips (key, manifest, row, pass, source_id, start_s, end_s, labels, split, captions, state, due_at)
-values (:key, :manifest, :row, :pass, (select id from sources where source = :source), :start_s, :end_s, :labels, :split,
-        :captions, 'pending', 0)
-on conflict (key) do update set row = excluded.row, pass = excluded.pass, labels = excluded.labels, split = excluded.split,
-    captions = excluded.captions where clips.manifest = excluded.manifest and clips.pass < excluded.pass
-"""
-_TODO_IDS = """
-select distinct c.source_id from clips c join sources s on s.id = c.source_id
-where c.due_at <= :now and c.source_id > :after and s.part >= :low and s.part < :high and s.host not in :closed
-order by c.source_id limit :n
-"""
-_TODO = """
-select c.*, s.source, s.address, s.host from clips c join sources s on s.id = c.source_id
-where c.source_id in :ids and c.due_at <= :now order by c.source_id, c.id
-"""
-_COUNT_TODO = """
-select count(*), count(distinct c.source_id) from clips c join sources s on s.id = c.source_id
-where c.due_at <= :now and s.part >= :low and s.part < :high
-"""
-_NEXT_DUE = """
-select min(c.due_at) from clips c join sources s on s.id = c.source_id
-where c.due_at is not null and s.part >= :low and s.part < :high
-"""
-_RECORD = """
-update clips set state = :state, cause = :cause, detail = :detail, seconds = seconds + :seconds, bytes = :bytes,
-    fetched = fetched + :fetched, fingerprint = :fingerprint, duplicate_of = :duplicate_of, attempts = attempts + 1,
-    due_at = case when attempts < :times then :due else null end where key = :key
-"""
-_MINUTE = """
-insert into minutes (minute, done, failed, bytes, fetched, videos) values (:minute, :done, :failed, :bytes, :fetched, :videos)
-on conflict (minute) do update set done = minutes.done + excluded.done, failed = minutes.failed + excluded.failed,
-    bytes = minutes.bytes + excluded.bytes, fetched = minutes.fetched + excluded.fetched,
-    videos = minutes.videos + excluded.videos
-"""
-_TOTALS = """
-select min(minute), sum(done), sum(failed), sum(bytes), sum(fetched), sum(videos) from minutes where minute >= :since
-"""
-_STAGED = """
-select c.key, s.source, c.duplicate_of from clips c join sources s on s.id = c.source_id
-where c.shard = '' and c.state = 'done' and s.part >= :low and s.part < :high order by c.id
-"""
-_CLOSE = """
-insert into hosts (host, closed_until, cause, detail) values (:host, :until, :cause, :detail)
-on conflict (host) do update set closed_until = excluded.closed_until, cause = excluded.cause, detail = excluded.detail
-"""
-_TURN = """
-insert into hosts (host, next_at) values (:host, :now + :gap)
-on conflict (host) do update set next_at = :gap + case when hosts.next_at > :now then hosts.next_at else :now end
-returning next_at
-"""
 
 
 def _url(text: str) -> sa.URL:

@@ -1,0 +1,99 @@
+"""Where an ingest stands: what is done, what failed and why, how fast it goes, when it will be through, what it costs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmacc.flows.plan import Plan
+from cmacc.ingest import Ledger, Pace, Totals
+from cmacc.ingest.causes import HOUR_S
+
+
+@dataclass(frozen=True)
+class Prices:
+    """In any currency: of an hour of the machine, of a GB downloaded, of a GB stored for a month."""
+
+    hour: float = 0.0
+    gb_in: float = 0.0
+    gb_month: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """seconds: until everything that is due now or later is done, None when nothing tells; limit: what holds it up."""
+
+    seconds: float | None
+    limit: str
+
+
+def forecast(left: dict[str, tuple[int, int]], recent: Totals, pace: Pace) -> Forecast:
+    """By the slower of two: the clips a second of late, and each site's budget of videos.
+
+    left: host: (source videos, clips) to do. The budget alone tells before anything was measured.
+    """
+    clips = sum(n for _, n in left.values())
+    if not clips:
+        return Forecast(0.0, "")
+    found = [(videos * pace.gap_s(host), f"{pace.rate(host):g} videos an hour from {host}") for host, (videos, _) in left.items()]
+    if recent.done + recent.failed:
+        found.append((clips * recent.seconds / (recent.done + recent.failed), "the speed of late"))
+    seconds, limit = max(found)
+    return Forecast(seconds, limit) if seconds else Forecast(None, "")
+
+
+def status_rows(ledger: Ledger, pace: Pace, prices: Prices = Prices(), now: float | None = None) -> dict[str, str]:
+    """What to show, line by line; the counts add up to the rows of the manifests."""
+    now = time.time() if now is None else now
+    counts, everything = ledger.counts(), ledger.totals(now=now)
+    recent = ledger.totals(since=now - HOUR_S, now=now)
+    left = ledger.left()
+    due = sum(clips for _, clips in left.values()) - counts.pending
+    rows = {"rows": f"{counts.rows:,}", "done": f"{counts.done:,}", "pending": f"{counts.pending:,}"}
+    rows["failed"] = f"{counts.failed:,}" + (f", {due:,} of them will be tried again" if due else "")
+    rows |= {f"  {cause}": f"{n:,}" for cause, n in counts.causes.items()}
+    rows["bad rows"] = f"{counts.bad_rows:,}"
+    rows["downloaded"] = _bytes(everything.fetched)
+    rows["written"] = _bytes(everything.bytes)
+    if recent.done + recent.failed:
+        rows["clips/s"] = f"{(recent.done + recent.failed) / recent.seconds:.3g} in the last hour"
+    for host, (until, cause, _) in ledger.closed_hosts(now).items():
+        rows[f"closed: {host}"] = f"{cause}, until {time.strftime('%Y-%m-%d %H:%M', time.localtime(until))}"
+    ahead = forecast(left, recent, pace)
+    if ahead.seconds:
+        rows["time left"] = f"{in_time(ahead.seconds)}, by {ahead.limit}"
+    if everything.done and prices != Prices():
+        rows["cost of 1,000 clips"] = _cost(everything, recent if recent.done else everything, prices)
+    return rows
+
+
+def status(data: str, ledger: str = "", prices: Prices = Prices()) -> dict[str, str]:
+    """The rows of the ingest into the folder `data`. Raises ValueError when there was none."""
+    home = Path(data)
+    plan = Plan.load(home)
+    with Ledger(ledger) if ledger else plan.open_ledger(home) as book:
+        return status_rows(book, plan.config.pace, prices)
+
+
+def _cost(everything: Totals, recent: Totals, prices: Prices) -> str:
+    machine = 1000 * recent.seconds / max(recent.done, 1) / HOUR_S * prices.hour
+    traffic = 1000 * everything.fetched / everything.done / 1e9 * prices.gb_in
+    storage = 1000 * everything.bytes / everything.done / 1e9 * prices.gb_month
+    return f"{machine + traffic:.4g} once (machine {machine:.4g}, traffic {traffic:.4g}), {storage:.4g} a month of storage"
+
+
+def in_time(seconds: float) -> str:
+    """`3 min`, `5.2 h`, `278 days`."""
+    for size, name in ((86_400, "days"), (HOUR_S, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:.0f} {name}" if value >= 10 else f"{value:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _bytes(n: int) -> str:
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if n >= size:
+            return f"{n / size:.2f} {name}"
+    return f"{n / 1e3:.1f} kB"

@@ -1,0 +1,214 @@
+"""Everything a ledger has to do, done: groups of source videos to crews, outcomes to the ledger, clips to shards."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from cmacc.flows.limits import turns
+from cmacc.flows.pack import Packer
+from cmacc.flows.progress import Tell, under_prefect
+from cmacc.ingest import Cause, Checks, Crew, Gate, IngestConfig, IngestFailure, Ledger, Outcome, SourceVideo
+from cmacc.ingest.fingerprint import Near
+from cmacc.shards.writer import DatasetWriter
+
+log = logging.getLogger(__name__)
+
+VIDEOS_A_TASK = 32
+"""A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """What a crew needs to open somewhere else: a value that can be sent there."""
+
+    config: IngestConfig
+    staging: Path
+    ledger: Path | str
+
+    @contextmanager
+    def crew(self) -> Iterator[Crew]:
+        with Ledger(self.ledger) as ledger:
+            gate = Gate(ledger, self.config.pace, turns(self.config.pace))
+            with Crew(self.config, self.staging, gate) as crew:
+                yield crew
+
+
+class Worked(NamedTuple):
+    """What became of a group's clips, and the failure that stops the whole run (a full disk), if one came."""
+
+    outcomes: list[Outcome]
+    stop: IngestFailure | None
+
+
+@task(task_run_name="videos {first}", cache_policy=NO_CACHE)
+def work_on(first: int, videos: Sequence[SourceVideo], shop: Shop | Crew) -> Worked:
+    """Fetch and cut a group of source videos. first: number of the first of them, for the run's name."""
+    if isinstance(shop, Shop):
+        with shop.crew() as crew:
+            return work_on.fn(first, videos, crew)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in shop.work(videos):
+            outcomes.append(outcome)
+    except IngestFailure as stop:
+        return Worked(outcomes, stop)
+    return Worked(outcomes, None)
+
+
+@dataclass(frozen=True)
+class Hands:
+    """Who does the work: so many threads of this process, or of a Dask cluster at an address."""
+
+    workers: int = 2
+    dask: str = ""
+
+
+def work_through(
+    ledger: Ledger, packer: Packer, writer: DatasetWriter, config: IngestConfig, hands: Hands, tell: Tell
+) -> IngestFailure | None:
+    """Until nothing of the packer's part is due, or something stops the run: then that is returned.
+
+    A site that has had enough is waited for, or ends the run when `config.pace.when_parked` is stop.
+    """
+    twins = Twins(ledger, config.checks)
+    done = failed = 0
+    while True:
+        closed = ledger.closed_hosts()
+        videos = ledger.todo(packer.part, closed=closed)
+        with closing(
+            _worked(videos, Shop(config, packer.staging, ledger.where), hands, _Room(packer, writer, config))
+        ) as working:
+            for outcomes, stop in working:
+                outcomes = twins.marked(outcomes)
+                ledger.record(outcomes)
+                packer.pack(writer)
+                packer.drop({o.source for o in outcomes if o.cause is Cause.NEAR_DUPLICATE})
+                done, failed = done + len(outcomes), failed + sum(o.cause is not None for o in outcomes)
+                tell(done, f"{failed} failed")
+                if stop:
+                    return stop
+        closed = ledger.closed_hosts()
+        if next(ledger.todo(packer.part, closed=closed), None) is not None:
+            continue  # a failure came due, or a site opened, in the meantime
+        if not closed or not ledger.count_todo(packer.part)[0]:
+            return None
+        until, cause, detail = min(closed.values())
+        if config.pace.when_parked == "stop":
+            return IngestFailure(Cause(cause), detail)
+        log.warning(
+            "all that is left is at %s, closed (%s) for %.0f s more; waiting", ", ".join(closed), cause, until - time.time()
+        )
+        tell(done, f"{failed} failed, waiting for {', '.join(closed)} until {time.strftime('%H:%M', time.localtime(until))}")
+        time.sleep(max(0.0, until - time.time()))
+
+
+class Twins:
+    """Near duplicates among all the clips of a ledger: marked, or failed, as the checks want it."""
+
+    def __init__(self, ledger: Ledger, checks: Checks) -> None:
+        self.use = checks.near_duplicate
+        self.near = Near(checks.near_picture_bits, checks.near_sound_bits)
+        if self.use != "off":
+            for key, fingerprint in ledger.fingerprints():
+                self.near.add(key, fingerprint)
+
+    def marked(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """The outcomes, each done one compared with every clip before it."""
+        return [self._mark(o) if o.cause is None and o.fingerprint and self.use != "off" else o for o in outcomes]
+
+    def _mark(self, outcome: Outcome) -> Outcome:
+        found = self.near.nearest(outcome.fingerprint)
+        if found is None or found[0] == outcome.key:
+            self.near.add(outcome.key, outcome.fingerprint)
+            return outcome
+        if self.use == "filter":
+            return replace(outcome, cause=Cause.NEAR_DUPLICATE, detail=f"nearly the same as {found[0]}", fingerprint="")
+        self.near.add(outcome.key, outcome.fingerprint)
+        return replace(outcome, duplicate_of=found[0])
+
+
+class _Room:
+    """Keeps what is downloaded and staged within its share of the disk."""
+
+    def __init__(self, packer: Packer, writer: DatasetWriter, config: IngestConfig) -> None:
+        self.packer, self.writer, self.bytes = packer, writer, config.scratch_gb * 1e9
+
+    def left(self) -> bool:
+        return _tree_bytes(self.packer.staging) < self.bytes
+
+    def make(self) -> bool:
+        """Put what is staged into a shard now, so that it need not lie there twice; False if that does not help."""
+        self.packer.pack(self.writer)
+        self.writer.cut()
+        return self.left()
+
+
+def _tree_bytes(folder: Path) -> int:
+    """Blocks in use, for a file that is filled by ranges is larger than what it holds."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room) -> Generator[Worked, None, None]:
+    """Group by group, in the order of the manifests, so that shards do not depend on who is done first.
+
+    Closing the generator, or an error in it, kills the children and drops the groups that wait.
+    """
+    waiting: deque[Any] = deque()
+    with shop.crew() as crew, _pool(hands) as pool:
+        tools: Shop | Crew = shop if hands.dask else crew
+        try:
+            for group in _groups(videos, hands.workers):
+                while waiting and (len(waiting) >= 2 * hands.workers or not room.left()):
+                    yield waiting.popleft().result()
+                if not room.left() and not room.make():
+                    raise IngestFailure(
+                        Cause.DISK_FULL,
+                        f"{shop.staging} holds more than scratch_gb allows ({room.bytes / 1e9:g} GB); give it more",
+                    )
+                job = {"first": group[0].number, "videos": group, "shop": tools}
+                waiting.append(pool.submit(work_on, job) if under_prefect() else pool.submit(work_on.fn, **job))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                getattr(future, "wrapped_future", future).cancel()
+            if crew.gate:
+                crew.gate.close()
+            crew.stop()
+
+
+def _groups(videos: Iterator[SourceVideo], workers: int) -> Iterator[list[SourceVideo]]:
+    """Groups for tasks: as large as they may be, but few videos make small ones, so that every worker has some."""
+    ahead = list(islice(videos, 4 * workers * VIDEOS_A_TASK))
+    size = max(1, min(VIDEOS_A_TASK, -(-len(ahead) // (4 * workers))))
+    while ahead:
+        group, ahead = ahead[:size], ahead[size:]
+        ahead += islice(videos, size - len(ahead)) if len(ahead) < size else []
+        yield group
+
+
+def _pool(hands: Hands) -> Any:
+    if hands.dask:
+        from prefect_dask import DaskTaskRunner
+
+        return DaskTaskRunner(address=hands.dask)
+    return ThreadPoolTaskRunner(max_workers=hands.workers) if under_prefect() else ThreadPoolExecutor(hands.workers)
