@@ -37,7 +37,7 @@ def youtube_id(address: str) -> str | None:
 
 
 def web_address(url: str, allow_private: bool = False) -> str:
-    """`url`, its scheme in small letters, or ValueError with the reason why it is not to be asked for: one sentence that shows no password.
+    """`url`, its scheme in small letters, or ValueError with the reason why not to ask for it: a sentence without passwords.
 
     Without allow_private the host must not be a private, loopback, link-local or reserved IP address in any spelling, nor a
     name of this machine or its network. What a public name resolves to is not looked up here.
