@@ -1,16 +1,32 @@
-"""Fetch one source video: a local file is used in place, anything else goes through yt-dlp, once."""
+"""Fetch one source video: a local file is used in place, anything else goes through yt-dlp, as much of it as is wanted."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmacc.ingest.causes import Cause, IngestFailure, failure_from
+from cmacc.ingest.guard import refuse_private
+from cmacc.ingest.ranges import Meter, RangedFile, RangesRefused
+from cmacc.ingest.source import File, Media, declared_s
+
+if TYPE_CHECKING:
+    from yt_dlp import YoutubeDL
 
 log = logging.getLogger(__name__)
+
+Span = tuple[float, float | None]  # (start, end) in seconds, None for the end of the source video
+# containers that name where each instant lies, so that a part can be read without the rest
+_SEEKABLE = {"mp4", "m4v", "m4a", "mov", "webm", "mkv"}
+_LEAD_S, _TAIL_S = 12.0, 3.0  # read around a clip: from the keyframe before it on, and what is read ahead
+_OVERHEAD = 1 << 20  # bytes: indexes, and blocks that are wanted in part
+_MOST_OF_IT = 0.75  # from here on the whole file, in a few large requests
+_SMALL = 4 << 20  # bytes; not worth many requests
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,9 @@ class FetchOptions:
 
     short_side: pixels; the best format up to here is taken, H.264 with AAC in MP4 first. cookies: a Netscape cookie file.
     proxy: its URL. rate_limit: bytes per second, 0 without limit. pause_s: wait before each download, for a site's sake.
-    socket_timeout_s: without a byte. retries: of one request. max_bytes: a larger source video is refused, 0 for any size.
+    socket_timeout_s: without a byte. retries: of one request. max_bytes: to download of one source video, 0 for any number.
+    ranges: of a long source video fetch only what its clips need, where that is less. allow_private: connect to addresses of
+    this machine and of private networks too.
     """
 
     short_side: int = 480
@@ -30,6 +48,8 @@ class FetchOptions:
     socket_timeout_s: float = 20.0
     retries: int = 2
     max_bytes: int = 0
+    ranges: bool = True
+    allow_private: bool = False
 
     def __post_init__(self) -> None:
         for field in ("rate_limit", "pause_s", "retries", "max_bytes"):
@@ -42,16 +62,30 @@ class FetchOptions:
             raise ValueError(f"cookie file {self.cookies} is missing; export one in Netscape format, or leave cookies empty")
 
 
-def fetch(address: str, dest_dir: Path, options: FetchOptions | None = None) -> Path:
-    """The source video as a local file: `address` itself if it is a path, else downloaded into `dest_dir`.
+@contextmanager
+def fetched(address: str, spans: Sequence[Span], scratch: Path, options: FetchOptions | None = None) -> Iterator[Media]:
+    """The source video, to be read as long as the context lasts: a path is used in place, else it comes into `scratch`.
 
-    Whoever made `dest_dir` removes it. Raises IngestFailure.
+    spans: what is wanted of it; what lies between them may never be downloaded, but whatever is read is there.
+    Whoever made `scratch` removes it. Raises IngestFailure, and so may reading.
     """
+    options = options or FetchOptions()
     if "://" not in address:
-        return _in_place(Path(address))
+        yield Media(_in_place(Path(address)))
+        return
     if not re.match(r"https?://", address):
         raise IngestFailure(Cause.BAD_ROW, f"address {address[:80]} is not http or https; give local files as plain paths")
-    return _download(address, dest_dir, options or FetchOptions())
+    if not options.allow_private:
+        refuse_private(address)
+    with ExitStack() as stack:
+        try:
+            download = _Download(address, spans, scratch, options, stack)
+            picture, *sound = download.files()
+        except IngestFailure:
+            raise
+        except Exception as error:
+            raise failure_from(error) from error
+        yield Media(picture, sound[0] if sound else None, download.meter)
 
 
 def _in_place(path: Path) -> Path:
@@ -64,24 +98,106 @@ def _in_place(path: Path) -> Path:
     raise IngestFailure(Cause.GONE, f"no file {path}")
 
 
-def _download(address: str, dest_dir: Path, options: FetchOptions) -> Path:
-    import yt_dlp  # half a second that a run over local files does not pay
+class _Download:
+    """One source video on its way, by ranges where that is less, else whole."""
 
+    def __init__(self, address: str, spans: Sequence[Span], scratch: Path, options: FetchOptions, stack: ExitStack) -> None:
+        import yt_dlp  # half a second that a run over local files does not pay
+
+        self.address, self.spans, self.scratch, self.options, self.stack = address, spans, scratch, options, stack
+        self.meter = Meter(options.rate_limit, options.max_bytes)
+        parameters = _parameters(scratch, options) | {"progress_hooks": [_counts_in(self.meter)]}
+        self.ydl: YoutubeDL = stack.enter_context(yt_dlp.YoutubeDL(parameters))
+
+    def files(self) -> list[File]:
+        """The file that holds everything, or one of the picture and one of the sound."""
+        info = self.ydl.extract_info(self.address, download=False)
+        _check(self.address, info)
+        formats = info.get("requested_formats") or [info]
+        if not all(map(_is_direct, formats)):
+            return [self._as_yt_dlp_does(info)]
+        return [self._file(name, {**info, **each}) for name, each in zip(("picture", "sound"), formats, strict=False)]
+
+    def _file(self, name: str, info: dict[str, Any]) -> File:
+        extension = re.sub(r"\W", "", str(info.get("ext"))).lower()[:16]
+        path = self.scratch / f"{name}.{extension}"
+        if self.options.ranges and extension in _SEEKABLE and self.spans and all(end is not None for _, end in self.spans):
+            try:
+                return self._part(path, info)
+            except RangesRefused as refused:
+                log.debug("%s whole: %s", self.address, refused)
+        return self._whole(path, info)
+
+    def _part(self, path: Path, info: dict[str, Any]) -> File:
+        """The file by ranges, if they are less than the whole of it; else filled. Raises RangesRefused."""
+        headers = info.get("http_headers") or {}
+        file = RangedFile(self.ydl, info["url"], headers, path, self.meter, self.options.retries)
+        self.stack.callback(file.close)
+        if file.size > _SMALL and (seconds := info.get("duration") or _seconds(file)):
+            wanted = _wanted_s(self.spans, seconds) / seconds * file.size + _OVERHEAD * len(self.spans)
+            if wanted < _MOST_OF_IT * file.size:
+                return file
+        self.meter.allow(file.size)
+        file.fill()
+        return path
+
+    def _whole(self, path: Path, info: dict[str, Any]) -> Path:
+        info.pop("requested_formats", None)
+        try:
+            done, _ = self.ydl.dl(str(path), info)
+        except Exception as error:
+            if getattr(error, "status", None) == 416:  # asked for what the server itself had said was there
+                raise IngestFailure(Cause.NETWORK, f"the server contradicts itself: {error}") from error
+            raise
+        if not done or not path.is_file() or not path.stat().st_size:
+            raise IngestFailure(Cause.NETWORK, f"nothing was downloaded from {self.address}")
+        return path
+
+    def _as_yt_dlp_does(self, info: dict[str, Any]) -> Path:
+        """Playlists of segments and rarer protocols: downloaded, and merged by FFmpeg if need be."""
+        self.ydl.process_ie_result(info, download=True)
+        left = (".part", ".ytdl")
+        files = [f for f in self.scratch.iterdir() if f.stem == "source" and f.suffix not in left and f.stat().st_size]
+        if not files:
+            raise IngestFailure(Cause.NETWORK, f"nothing was downloaded from {self.address}")
+        return max(files, key=lambda f: f.stat().st_size)
+
+
+def _is_direct(info: dict[str, Any]) -> bool:
+    return info.get("protocol") in ("http", "https") and not info.get("fragments") and not info.get("request_data")
+
+
+def _seconds(file: RangedFile) -> float | None:
     try:
-        with yt_dlp.YoutubeDL(_parameters(dest_dir, options)) as downloader:
-            info = downloader.extract_info(address, download=False)
-            _check(address, info)
-            downloader.process_ie_result(info, download=True)
-    except IngestFailure:
-        raise
-    except Exception as error:
-        raise failure_from(error) from error
-    files = [f for f in dest_dir.iterdir() if f.stem == "source" and f.suffix not in (".part", ".ytdl") and f.stat().st_size]
-    if not files:
-        if options.max_bytes:
-            raise IngestFailure(Cause.NO_FORMAT, f"{address} is larger than max_bytes ({options.max_bytes})")
-        raise IngestFailure(Cause.NETWORK, f"nothing was downloaded from {address}")
-    return max(files, key=lambda f: f.stat().st_size)
+        return declared_s(file)
+    except IngestFailure as failure:
+        if file.failure is not None:
+            raise
+        log.debug("%s", failure)  # it is for the cutting to say what is wrong with the file
+        return None
+
+
+def _wanted_s(spans: Sequence[Span], seconds: float) -> float:
+    """Seconds of a source video of so many that these spans and what is read around them cover together."""
+    covered, reached = 0.0, 0.0
+    for start, end in sorted((start - _LEAD_S, (seconds if end is None else end) + _TAIL_S) for start, end in spans):
+        begin, stop = max(start, reached), min(end, seconds)
+        covered += max(stop - begin, 0.0)
+        reached = max(reached, stop)
+    return covered
+
+
+def _counts_in(meter: Meter) -> Callable[[dict[str, Any]], None]:
+    """A progress hook of yt-dlp that counts in the meter, and ends a download that would cost too much."""
+    seen: dict[str, int] = {}
+
+    def hook(progress: dict[str, Any]) -> None:
+        name, here = progress.get("filename", ""), progress.get("downloaded_bytes") or 0
+        before, seen[name] = seen.get(name, 0), max(here, seen.get(name, 0))
+        meter.count(seen[name] - before)
+        meter.allow(meter.bytes - seen[name] + (progress.get("total_bytes") or 0))
+
+    return hook
 
 
 def _check(address: str, info: dict[str, Any] | None) -> None:
@@ -93,14 +209,14 @@ def _check(address: str, info: dict[str, Any] | None) -> None:
         raise IngestFailure(Cause.LIVE, f"{address} is a live stream that has not ended")
 
 
-def _parameters(dest_dir: Path, options: FetchOptions) -> dict[str, Any]:
+def _parameters(scratch: Path, options: FetchOptions) -> dict[str, Any]:
     import imageio_ffmpeg
 
     side = f"[height<={options.short_side}]"
     parameters: dict[str, Any] = {
         "outtmpl": {"default": "source.%(ext)s"},
-        "paths": {"home": str(dest_dir), "temp": str(dest_dir)},
-        "cachedir": str(dest_dir / "cache"),
+        "paths": {"home": str(scratch), "temp": str(scratch)},
+        "cachedir": str(scratch / "cache"),
         "logger": _Quiet(),
         "quiet": True,
         "noprogress": True,
@@ -128,7 +244,6 @@ def _parameters(dest_dir: Path, options: FetchOptions) -> dict[str, Any]:
         "cookiefile": options.cookies,
         "proxy": options.proxy,
         "ratelimit": options.rate_limit,
-        "max_filesize": options.max_bytes,
     }
     return parameters | {name: value for name, value in optional.items() if value}
 

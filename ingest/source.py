@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+import io
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
@@ -20,10 +23,12 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 
 from cmacc.ingest.causes import Cause, IngestFailure
+from cmacc.ingest.ranges import Meter
 
 log = logging.getLogger(__name__)
 
 Sound = np.ndarray[tuple[int], np.dtype[np.float32]]
+File = Path | io.RawIOBase | BinaryIO  # an object must be seekable
 # a file may be a playlist in disguise: no protocol but `file`; a hole in an MPEG stream is no reason to end there
 _OPEN = {"protocol_whitelist": "file", "resync_size": str(64 << 20)}
 _ATTACHED_PICTURE = 0x400
@@ -60,99 +65,181 @@ class Trouble:
     detail: str
 
 
-class Source:
-    """An open source video: its container and the two streams a clip is made of."""
+@dataclass
+class Media:
+    """A source video to be read: all of it in `picture`, unless `sound` is a file of its own. meter: what it cost so far."""
 
-    def __init__(self, container: InputContainer, threads: int) -> None:
-        self.container = container
-        self.video, self.audio = _streams(container)
-        self.clockless = container.format.name in _CLOCKLESS
-        self.exact_seek = container.format.name in _EXACT_SEEK
+    picture: File
+    sound: File | None = None
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def bytes(self) -> int:
+        """Downloaded so far."""
+        return self.meter.bytes
+
+
+class _Reader:
+    """A file object as FFmpeg bears it: where reading fails the file ends, and `failure` says why."""
+
+    def __init__(self, file: io.RawIOBase | BinaryIO) -> None:
+        self.file = file
+        self.name = str(getattr(file, "name", ""))
+        self.tell, self.seekable = file.tell, file.seekable
+        self.failure: IngestFailure | None = None
+        file.seek(0)
+
+    def read(self, count: int) -> bytes:
+        try:
+            return self.file.read(count) or b""
+        except IngestFailure as failure:
+            self.failure = failure
+            return b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+
+class _Opened:
+    """An open file on a clock that begins with it."""
+
+    def __init__(self, file: File) -> None:
+        self.reader = None if isinstance(file, Path) else _Reader(file)
+        self.name = file.name if isinstance(file, Path) else getattr(file, "name", "")
+        try:
+            what: Any = self.reader or str(file)
+            self.container: InputContainer = av.open(what, metadata_errors="ignore", container_options=_OPEN)
+        except (FFmpegError, ValueError) as error:
+            self.check()
+            raise IngestFailure(Cause.UNDECODABLE, f"not a media file that can be opened: {_says(error)}") from error
+        self.clockless = self.container.format.name in _CLOCKLESS
+        self.exact_seek = self.container.format.name in _EXACT_SEEK
         # MPEG streams start anywhere on their clock; a file that starts before zero has zero as its origin
-        self.origin = max(Fraction(container.start_time or 0, 1_000_000), Fraction(0))
-        self.duration_s = Fraction(container.duration, 1_000_000) if container.duration else None
+        self.origin = max(Fraction(self.container.start_time or 0, 1_000_000), Fraction(0))
+        self.duration_s = Fraction(self.container.duration, 1_000_000) if self.container.duration else None
+
+    def check(self) -> None:
+        """Raises IngestFailure when reading has failed: what came of it may be anything."""
+        if self.reader is not None and self.reader.failure is not None:
+            raise self.reader.failure
+
+    def seek(self, time_s: Fraction) -> None:
+        try:
+            self.container.seek(int((time_s + self.origin) * 1_000_000), backward=True)
+        except FFmpegError as error:
+            log.debug("no seek in %s: %s", self.name, error)
+        self.check()
+
+    def packets(self, *streams: Any) -> Iterator[tuple[Fraction, Packet]]:
+        """Packets as they lie in the file, each with its seconds from the origin, or those of the one before it."""
+        at_s = Fraction(0)
+        try:
+            for packet in self.container.demux(*streams):
+                self.check()
+                if packet.has_sidedata("encryption_info"):
+                    raise IngestFailure(Cause.ENCRYPTED, "the file is encrypted")
+                if packet.dts is not None and packet.time_base is not None:
+                    at_s = packet.dts * packet.time_base - self.origin
+                yield at_s, packet
+        except FFmpegError as error:
+            log.debug("%s ends early: %s", self.name, error)
+        self.check()
+
+
+class Source:
+    """An open source video: the two streams a clip is made of, of one file or each of its own.
+
+    Two files stand on one clock as a muxer would put them there: each begins at zero.
+    """
+
+    def __init__(self, picture: _Opened, sound: _Opened, threads: int) -> None:
+        self.files = (picture,) if sound is picture else (picture, sound)
+        self.picture, self.sound = picture, sound
+        self.video = _stream(picture.container, "video")
+        self.audio = _stream(sound.container, "audio")
+        self.clockless = picture.clockless
+        self.exact_seek = all(file.exact_seek for file in self.files)
+        self.duration_s = max((file.duration_s for file in self.files if file.duration_s), default=None)
         self.aspect = _aspect(self.video)
         self.video.codec_context.thread_count = threads
 
     def seek(self, time_s: Fraction) -> None:
         """Go to a keyframe at or before time_s, if the container can. Where it really went, the first picture tells."""
-        try:
-            self.container.seek(int((time_s + self.origin) * 1_000_000), backward=True)
-        except FFmpegError as error:
-            log.debug("no seek in %s: %s", self.container.name, error)
+        for file in self.files:
+            file.seek(time_s)
 
     def span(self) -> tuple[Fraction, Fraction]:
         """Seconds from the origin (first, last) that picture and sound both cover, read off the packets without decoding."""
-        spans: dict[int, tuple[Fraction, Fraction]] = {}
-        for packet in self._packets():
+        spans: dict[bool, tuple[Fraction, Fraction]] = {}
+        for picture, packet in self._packets():
             stamp = packet.dts if self.clockless or packet.pts is None else packet.pts
-            picture = packet.stream_index == self.video.index
             if stamp is None or packet.is_discard or (self.clockless and not picture):
                 continue
-            begin = stamp * packet.time_base - self.origin
+            begin = stamp * packet.time_base - (self.picture if picture else self.sound).origin
             end = begin + (packet.duration or 0) * packet.time_base
-            first, last = spans.get(packet.stream_index, (None, end))
+            first, last = spans.get(picture, (None, end))
             if first is None and picture and not packet.is_keyframe:
                 continue
-            spans[packet.stream_index] = (begin if first is None else min(first, begin), max(last, end))
-        if self.video.index not in spans:
+            spans[picture] = (begin if first is None else min(first, begin), max(last, end))
+        if True not in spans:
             raise IngestFailure(Cause.UNDECODABLE, "the picture stream holds no keyframe")
-        if self.audio.index not in spans and not self.clockless:
+        if False not in spans and not self.clockless:
             raise IngestFailure(Cause.NO_AUDIO, "the sound stream holds nothing")
         return max(first for first, _ in spans.values()), min(last for _, last in spans.values())
 
     def play(self, rate: int) -> Iterator[Picture | Samples | Trouble]:
         """Decode from here on: pictures in order of display, sound at `rate` Hz, and what went wrong, as they come."""
-        pictures, sound = _Pictures(self), _Sounds(self, rate)
-        for packet in self._packets():
-            # not packet.stream_index: a packet that flushes a decoder has 0 there, whichever stream it is of
-            if packet.stream.index == self.video.index:
-                yield from pictures.feed(packet)
-            else:
-                yield from sound.feed(packet)
+        pictures, sound = _Pictures(self.picture), _Sounds(self.sound, rate)
+        for picture, packet in self._packets():
+            yield from pictures.feed(packet) if picture else sound.feed(packet)
         yield from sound.flush()
 
-    def _packets(self) -> Iterator[Packet]:
-        try:
-            for packet in self.container.demux(self.video, self.audio):
-                if packet.has_sidedata("encryption_info"):
-                    raise IngestFailure(Cause.ENCRYPTED, "the file is encrypted")
-                yield packet
-        except FFmpegError as error:
-            log.debug("%s ends early: %s", self.container.name, error)
+    def _packets(self) -> Iterator[tuple[bool, Packet]]:
+        """Whether it is of the picture, and the packet; of two files by time, of one as they lie there."""
+        if self.sound is self.picture:
+            timed = self.picture.packets(self.video, self.audio)
+        else:
+            timed = heapq.merge(self.picture.packets(self.video), self.sound.packets(self.audio), key=itemgetter(0))
+        for _, packet in timed:
+            # not packet.stream_index: a packet that flushes a decoder has 0 there, whichever stream it is of
+            yield packet.stream.type == "video", packet
 
 
 @contextmanager
-def open_source(path: Path, threads: int = 1) -> Iterator[Source]:
-    """Open a local file. Raises IngestFailure: undecodable, encrypted, no-video or no-audio."""
-    try:
-        container = av.open(str(path), metadata_errors="ignore", container_options=_OPEN)
-    except (FFmpegError, ValueError) as error:
-        raise IngestFailure(Cause.UNDECODABLE, f"not a media file that can be opened: {_says(error)}") from error
-    with container:
-        if container.format.name in _PLAYLISTS:
-            raise IngestFailure(Cause.UNDECODABLE, f"a playlist ({container.format.name}), not a media file")
-        yield Source(container, threads)
+def open_source(media: Media, threads: int = 1) -> Iterator[Source]:
+    """Open a source video. Raises IngestFailure: undecodable, encrypted, no-video, no-audio, or why it cannot be read."""
+    with ExitStack() as stack:
+        opened = []
+        for file in (media.picture, media.sound):
+            if file is not None:
+                opened.append(_Opened(file))
+                stack.enter_context(opened[-1].container)
+        for each in opened:
+            if each.container.format.name in _PLAYLISTS:
+                raise IngestFailure(Cause.UNDECODABLE, f"a playlist ({each.container.format.name}), not a media file")
+            each.check()
+        yield Source(opened[0], opened[-1], threads)
 
 
-def _streams(container: InputContainer) -> tuple[Any, Any]:
-    """The default, else the first, stream of pictures and of sound that has a decoder."""
-    found: dict[str, list[Any]] = {"video": [], "audio": []}
-    named: set[str] = set()
-    for stream in container.streams:
-        if stream.type in found and not int(stream.disposition) & _ATTACHED_PICTURE:
-            named.add(stream.type)
-            if stream.codec_context is not None:
-                found[stream.type].append(stream)
+def declared_s(file: File) -> float | None:
+    """Seconds that a media file says it lasts, if it says so. Raises IngestFailure."""
+    opened = _Opened(file)
+    with opened.container:
+        return None if opened.duration_s is None else float(opened.duration_s)
+
+
+def _stream(container: InputContainer, kind: str) -> Any:
+    """The default, else the first, stream of this kind (video, audio) that has a decoder."""
     if container.start_time is None:
         raise IngestFailure(Cause.UNDECODABLE, "the file holds no picture and no sound, or only their headers")
-    for kind, cause, what in (("video", Cause.NO_VIDEO, "picture"), ("audio", Cause.NO_AUDIO, "sound")):
-        if kind not in named:
-            raise IngestFailure(cause, f"the file has no {what}")
-        if not found[kind]:
-            raise IngestFailure(Cause.UNDECODABLE, f"there is no decoder for the {what}")
-    video, audio = (min(found[kind], key=lambda s: (not int(s.disposition) & 1, s.index)) for kind in ("video", "audio"))
-    return video, audio
+    named = [s for s in container.streams if s.type == kind and not int(s.disposition) & _ATTACHED_PICTURE]
+    what, cause = {"video": ("picture", Cause.NO_VIDEO), "audio": ("sound", Cause.NO_AUDIO)}[kind]
+    if not named:
+        raise IngestFailure(cause, f"the file has no {what}")
+    found = [s for s in named if s.codec_context is not None]
+    if not found:
+        raise IngestFailure(Cause.UNDECODABLE, f"there is no decoder for the {what}")
+    return min(found, key=lambda s: (not int(s.disposition) & 1, s.index))
 
 
 def _aspect(video: Any) -> Fraction:
@@ -164,8 +251,8 @@ def _aspect(video: Any) -> Fraction:
 class _Pictures:
     """Decoded frames with their times, ascending: a frame that comes after its time is dropped."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, file: _Opened) -> None:
+        self.file = file
         self.last: Fraction | None = None
         self.late = 0
 
@@ -176,10 +263,10 @@ class _Pictures:
             yield Trouble(True, Cause.UNDECODABLE, f"the picture does not decode: {_says(error)}")
             return
         for frame in frames:
-            stamp = frame.dts if self.source.clockless or frame.pts is None else frame.pts
+            stamp = frame.dts if self.file.clockless or frame.pts is None else frame.pts
             if stamp is None or frame.time_base is None:
                 continue
-            time_s = stamp * frame.time_base - self.source.origin
+            time_s = stamp * frame.time_base - self.file.origin
             if self.last is not None and time_s <= self.last:
                 self.late += 1
                 if self.late < _STRAGGLERS:
@@ -192,8 +279,8 @@ class _Pictures:
 class _Sounds:
     """Decoded sound as mono at one rate, each piece numbered by time; small jitter of the stamps is not followed."""
 
-    def __init__(self, source: Source, rate: int) -> None:
-        self.source = source
+    def __init__(self, file: _Opened, rate: int) -> None:
+        self.file = file
         self.rate = rate
         self.resampler: AudioResampler | None = None
         self.shape: tuple[Any, ...] = ()
@@ -230,9 +317,9 @@ class _Sounds:
         yield from self._resample(frame)
 
     def _stamp(self, frame: AudioFrame) -> Fraction | None:
-        if frame.pts is None or frame.time_base is None or (self.source.clockless and self.next_s is not None):
+        if frame.pts is None or frame.time_base is None or (self.file.clockless and self.next_s is not None):
             return None
-        return frame.pts * frame.time_base - self.source.origin
+        return frame.pts * frame.time_base - self.file.origin
 
     def _resample(self, frame: AudioFrame) -> Iterator[Samples]:
         assert self.next_s is not None

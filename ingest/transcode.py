@@ -13,10 +13,11 @@ from typing import TypeVar
 from av.error import FFmpegError
 
 from cmacc.ingest.causes import Cause, IngestFailure, failure_from
+from cmacc.ingest.checks import Checks
 from cmacc.ingest.cut import Cut, Limits
 from cmacc.ingest.encode import sound_rate
 from cmacc.ingest.manifest import ClipRequest
-from cmacc.ingest.source import Picture, Samples, Trouble, open_source
+from cmacc.ingest.source import Media, Picture, Samples, Trouble, open_source
 from cmacc.shards.clip import Clip
 from cmacc.shards.profile import Profile
 
@@ -30,31 +31,42 @@ _RUN_UP_S, _BLIND_RUN_UP_S = 1, 10
 
 
 def transcode(
-    path: Path, requests: Sequence[ClipRequest], profile: Profile, limits: Limits | None = None, scratch: Path | None = None
+    media: Media | Path,
+    requests: Sequence[ClipRequest],
+    profile: Profile,
+    limits: Limits | None = None,
+    scratch: Path | None = None,
+    checks: Checks | None = None,
 ) -> Iterator[Outcome]:
     """A clip or a failure for each request, in order of their ends. A full disk raises IngestFailure instead.
 
-    path: the source video. scratch: where a folder for the clips in work is made, the system's temporary one by default.
+    media: the source video, as `fetched` gives it, or one file.
+    scratch: where a folder for the clips in work is made, the system's temporary one by default.
     """
     limits = limits or Limits()
+    media = Media(media) if isinstance(media, Path) else media
     with TemporaryDirectory(prefix="cut-", dir=scratch) as folder:
         try:
-            cuts, failures = _plan(path, requests, profile, limits, Path(folder))
+            cuts, failures = _plan(media, requests, profile, limits, Path(folder), checks)
         except IngestFailure as failure:
+            if failure.cause.stops:
+                raise
             yield from ((request, failure) for request in requests)
             return
         yield from failures
         for run in _runs(cuts):
-            yield from _cut_run(run, _moments(path, run[0].start_s, sound_rate(profile), limits.decoder_threads))
+            moments = _moments(media, run[0].start_s, sound_rate(profile), limits.decoder_threads)
+            yield from _cut_run(run, limits.bounded(moments))
 
 
 def _plan(
-    path: Path, requests: Sequence[ClipRequest], profile: Profile, limits: Limits, folder: Path
+    media: Media, requests: Sequence[ClipRequest], profile: Profile, limits: Limits, folder: Path, checks: Checks | None
 ) -> tuple[list[Cut], list[Outcome]]:
     """The clips to cut, by start, and the requests for which that is already no use."""
     cuts: list[Cut] = []
     failures: list[Outcome] = []
-    with open_source(path) as source:
+    with open_source(media) as source:
+        limits.admit(source)
         aspect = source.aspect
         whole = any(request.end_s is None for request in requests)
         first_s, last_s = source.span() if whole else (Fraction(0), Fraction(0))
@@ -66,7 +78,7 @@ def _plan(
             end_s = min(last_s, start_s + Fraction(limits.max_clip_s))
         else:
             end_s = Fraction(round(request.end_s * 1000), 1000)
-        cut = Cut(request, start_s, end_s, aspect, profile, limits, folder / f"{number}.mp4")
+        cut = Cut(request, start_s, end_s, aspect, profile, limits, folder / f"{number}.mp4", checks)
         if (short := cut.too_short(declared_s)) is not None:
             failures.append((request, short))
         else:
@@ -134,9 +146,9 @@ def _failure(error: Exception) -> IngestFailure:
     return IngestFailure(Cause.UNDECODABLE, f"no clip can be encoded from it: {error}")
 
 
-def _moments(path: Path, start_s: Fraction, rate: int, threads: int) -> Iterator[Moment]:
+def _moments(media: Media, start_s: Fraction, rate: int, threads: int) -> Iterator[Moment]:
     """Everything from start_s on or a little earlier, decoded from as late as the container lets us."""
-    with open_source(path, threads) as source:
+    with open_source(media, threads) as source:
         run_up = _RUN_UP_S if source.exact_seek else _BLIND_RUN_UP_S
         if start_s > run_up and not source.clockless:
             source.seek(start_s - run_up)
@@ -150,6 +162,6 @@ def _moments(path: Path, start_s: Fraction, rate: int, threads: int) -> Iterator
             if isinstance(first, Picture) and first.time_s <= start_s:
                 yield from chain(ahead, moments)
                 return
-            log.debug("%s: no keyframe found before %.1f s, decoding from the start", path.name, float(start_s))
-    with open_source(path, threads) as source:
+            log.debug("no keyframe found before %.1f s, decoding from the start", float(start_s))
+    with open_source(media, threads) as source:
         yield from source.play(rate)

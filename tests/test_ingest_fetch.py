@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import errno
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hostile import served
+from test_ingest_media import clapper, clicks, ffmpeg, flashes
 from yt_dlp.utils import DownloadError, ExtractorError, GeoRestrictedError, UnsupportedError
 
-from cmacc.ingest import Cause, FetchOptions, IngestFailure, fetch
+from cmacc.ingest import Cause, ClipRequest, FetchOptions, IngestFailure, Media, fetched, transcode
 from cmacc.ingest.causes import failure_from
+from cmacc.ingest.guard import _is_public, refuse_private
+from cmacc.ingest.ranges import RangedFile
+from cmacc.shards.clip import Clip
+from cmacc.shards.profile import profile
 
 BODY = bytes(range(256)) * 4000
-QUICK = FetchOptions(retries=1, socket_timeout_s=2)
+QUICK = FetchOptions(retries=1, socket_timeout_s=2, allow_private=True)
+SMALL = profile("h264", short_side=64, gop=10)
 
 
 class Site(BaseHTTPRequestHandler):
@@ -77,9 +87,16 @@ def site() -> Iterator[str]:
         server.shutdown()
 
 
+def whole(address: str, folder: Path, options: FetchOptions = QUICK) -> Path:
+    with fetched(address, [(0.0, None)], folder, options) as media:
+        assert media.sound is None
+        assert isinstance(media.picture, Path)
+        return media.picture
+
+
 def cause(address: str, folder: Path, options: FetchOptions = QUICK) -> Cause:
     with pytest.raises(IngestFailure) as caught:
-        fetch(address, folder, options)
+        whole(address, folder, options)
     assert caught.value.detail
     return caught.value.cause
 
@@ -95,7 +112,7 @@ def cause(address: str, folder: Path, options: FetchOptions = QUICK) -> Cause:
     ],
 )
 def test_a_direct_link_arrives_whole(site: str, tmp_path: Path, address: str) -> None:
-    path = fetch(site + address, tmp_path, QUICK)
+    path = whole(site + address, tmp_path)
     assert path.parent == tmp_path
     assert path.read_bytes() == BODY
 
@@ -107,7 +124,7 @@ def test_one_extraction_and_nothing_outside_the_folder(
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
-    fetch(site + "/a.mp4", tmp_path / "there", FetchOptions())
+    whole(site + "/a.mp4", tmp_path / "there", FetchOptions(allow_private=True))
     assert len(Site.asked) == 2, "one look and one download"
     assert list((tmp_path / "here").iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -116,7 +133,7 @@ def test_one_extraction_and_nothing_outside_the_folder(
 def test_a_local_file_is_used_in_place(tmp_path: Path) -> None:
     path = tmp_path / "a b.mp4"
     path.write_bytes(b"x")
-    assert fetch(str(path), tmp_path / "elsewhere") == path
+    assert whole(str(path), tmp_path / "elsewhere", FetchOptions()) == path
     assert cause(str(tmp_path / "missing.mp4"), tmp_path) is Cause.GONE
     assert cause(str(tmp_path), tmp_path) is Cause.GONE
     assert cause(path.as_uri(), tmp_path) is Cause.BAD_ROW
@@ -153,7 +170,221 @@ def test_a_page_is_no_video(site: str, tmp_path: Path) -> None:
 
 
 def test_a_source_that_is_too_large(site: str, tmp_path: Path) -> None:
-    assert cause(site + "/a.mp4", tmp_path, FetchOptions(max_bytes=1000)) is Cause.NO_FORMAT
+    options = FetchOptions(max_bytes=len(BODY) - 1, allow_private=True)
+    assert cause(site + "/a.mp4", tmp_path, options) is Cause.TOO_LARGE
+    with served({"a.mp4": b"?"}, "endless") as endless:
+        assert cause(endless.address + "/a.mp4", tmp_path, options) is Cause.TOO_LARGE
+        assert endless.sent < len(BODY) + (16 << 20), "what the sockets hold is all that comes after it"
+    exact = FetchOptions(max_bytes=len(BODY), allow_private=True)
+    with fetched(site + "/a.mp4", [(0.0, None)], tmp_path / "new", exact) as media:
+        assert media.bytes == len(BODY)
+
+
+HOSTILE = {
+    "429": Cause.RATE_LIMITED,
+    "403": Cause.FORBIDDEN,
+    "404": Cause.GONE,
+    "416": Cause.NETWORK,
+    "500": Cause.NETWORK,
+    "cut": Cause.NETWORK,
+    "silent": Cause.NETWORK,
+    "too-long": Cause.NETWORK,
+    "too-short": Cause.NETWORK,
+    "grown": Cause.NETWORK,
+    "empty": Cause.NETWORK,
+    "loop": Cause.EXTRACTOR,
+}
+
+
+@pytest.mark.parametrize("behaviour", HOSTILE)
+def test_a_hostile_server_has_its_cause(tmp_path: Path, behaviour: str) -> None:
+    quick = FetchOptions(retries=1, socket_timeout_s=1, allow_private=True)
+    with served({"a.mp4": BODY}, behaviour, polite=1) as site:
+        assert cause(site.address + "/a.mp4", tmp_path, quick) is HOSTILE[behaviour]
+        tried_again = {"500", "cut", "silent", "too-long"}
+        if behaviour in tried_again:
+            assert len(site.asked) == 3, "the look, the download, and once more"
+
+
+def test_a_connection_that_breaks_off_once_is_taken_up(tmp_path: Path) -> None:
+    with served({"a.mp4": BODY}, "once-cut", polite=1) as site:
+        assert whole(site.address + "/a.mp4", tmp_path).read_bytes() == BODY
+        assert int(site.asked[2].range.removeprefix("bytes=").split("-")[0]) > len(BODY) // 4
+
+
+def test_a_page_in_place_of_the_video_is_none(tmp_path: Path) -> None:
+    with served({"a.mp4": BODY}, "html") as site:
+        assert cause(site.address + "/a.mp4", tmp_path) is Cause.NO_FORMAT
+    with served({"a.mp4": BODY}, "html", polite=1) as site:
+        ((_, outcome),) = transcode(whole(site.address + "/a.mp4", tmp_path), [_request(0.0, 2.0)], SMALL)
+        assert isinstance(outcome, IngestFailure)
+        assert outcome.cause is Cause.UNDECODABLE
+
+
+def test_a_drip_is_no_silence_so_the_wall_clock_has_to_end_it(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from cmacc.ingest import FetchOptions, fetched
+options = FetchOptions(retries=0, socket_timeout_s=1, allow_private=True)
+with fetched(sys.argv[1], [(0.0, None)], Path({str(tmp_path)!r}), options):
+    print("here")
+"""
+    with served({"a.mp4": BODY}, "drip", polite=1) as site:
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            subprocess.run([sys.executable, "-c", code, site.address + "/a.mp4"], capture_output=True, timeout=6)
+        assert not caught.value.stdout
+        assert len(site.asked) == 2
+
+
+MPD = """<?xml version="1.0"?>
+<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT{seconds}S" profiles="x">
+<Period>
+<AdaptationSet contentType="video" mimeType="video/{kind}"><Representation id="v" codecs="{video}" bandwidth="500000" width="96"
+ height="64"><BaseURL>{picture}</BaseURL><SegmentBase indexRange="0-1"/></Representation></AdaptationSet>
+<AdaptationSet contentType="audio" mimeType="audio/{kind}"><Representation id="a" codecs="{audio}" bandwidth="90000"
+ audioSamplingRate="48000"><BaseURL>{sound}</BaseURL><SegmentBase indexRange="0-1"/></Representation></AdaptationSet>
+</Period></MPD>"""
+
+
+def _request(start_s: float, end_s: float | None) -> ClipRequest:
+    return ClipRequest(1, "list.csv", "url_0123456789abcdef", "a.mp4", start_s, end_s)
+
+
+def _apart(folder: Path, kind: str) -> tuple[Path, Path, Path]:
+    """(picture, sound, both as yt-dlp would merge them) of a clapper in the ways that files come apart."""
+    suffix = "webm" if kind == "webm" else "mp4"
+    path = clapper(folder / f"a.{suffix}", seconds=24, claps=(1.0, 2.52, 20.2), gop=50)
+    picture, sound, merged = folder / f"v.{suffix}", folder / f"s.{suffix}", folder / f"both.{suffix}"
+    coding: list[object] = ["-c", "copy"]
+    if kind == "b-frames":  # without an edit list the first picture stands two frames after zero
+        coding = ["-c:v", "libx264", "-bf", 2, "-use_editlist", 0]
+    late = ["-output_ts_offset", 5] if kind == "late" else []
+    parts = ["-movflags", "dash+global_sidx+empty_moov+frag_keyframe+default_base_moof"] if kind == "parts" else []
+    ffmpeg("-i", path, "-an", *coding, *parts, *late, picture)
+    ffmpeg("-i", path, "-vn", "-c", "copy", *parts, sound)
+    ffmpeg("-i", picture, "-i", sound, "-c", "copy", "-map", "0:v", "-map", "1:a", merged)
+    return picture, sound, merged
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "b-frames", "late", "parts"])
+def test_two_files_are_cut_as_one_that_was_merged(tmp_path: Path, kind: str) -> None:
+    picture, sound, merged = _apart(tmp_path, kind)
+    requests = [_request(0.5, 3.5), _request(18.0, 22.0), _request(0.0, None)]
+    apart = {r.key: made for r, made in transcode(Media(picture, sound), requests, SMALL)}
+    for request, one in transcode(merged, requests, SMALL):
+        two = apart[request.key]
+        assert isinstance(one, Clip) and isinstance(two, Clip), (one, two)
+        seen, heard = flashes(two.members["mp4"]), clicks(two.members["flac"])
+        assert len(seen) == len(heard) == {0.5: 2, 18.0: 1, 0.0: 3}[request.start_s]
+        assert np.allclose(seen, flashes(one.members["mp4"]), atol=0.041)
+        assert np.allclose(heard, clicks(one.members["flac"]), atol=0.01)
+        # within a frame of each other, but for the delay of the sound's encoder, which a file in parts does not note
+        assert np.allclose(seen, heard, atol=0.041 + 0.022 * (kind == "parts"))
+        assert abs(one.facts.n_frames - two.facts.n_frames) <= 1
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("kind", ["parts", "webm"])
+def test_picture_and_sound_come_apart_and_are_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: bool, kind: str
+) -> None:
+    picture, sound, _ = _apart(tmp_path, kind)
+    for name, value in (("fetch._SMALL", 0), ("fetch._OVERHEAD", 0), ("ranges.BLOCK", 4096)):
+        monkeypatch.setattr(f"cmacc.ingest.{name}", value)
+    codecs = {"parts": ("mp4", "avc1.64000a", "mp4a.40.2"), "webm": ("webm", "vp8", "opus")}[kind]
+    words = dict(zip(("kind", "video", "audio"), codecs, strict=True))
+    page = MPD.format(seconds=24, picture=picture.name, sound=sound.name, **words).encode()
+    (tmp_path / "scratch").mkdir()
+    options = FetchOptions(retries=1, socket_timeout_s=2, allow_private=True, ranges=ranges)
+    with served({"a.mpd": page, picture.name: picture.read_bytes(), sound.name: sound.read_bytes()}) as site:
+        with fetched(site.address + "/a.mpd", [(0.5, 3.5)], tmp_path / "scratch", options) as media:
+            assert isinstance(media.picture, RangedFile if ranges else Path)
+            assert media.sound is not None
+            ((_, two),) = transcode(media, [_request(0.5, 3.5)], SMALL)
+        size = picture.stat().st_size + sound.stat().st_size
+        assert media.bytes < size if ranges else media.bytes == size
+        assert {a.path.partition("?")[0] for a in site.asked} == {"/a.mpd", f"/{picture.name}", f"/{sound.name}"}
+    assert isinstance(two, Clip), two
+    ((_, local),) = transcode(Media(picture, sound), [_request(0.5, 3.5)], SMALL)
+    assert isinstance(local, Clip)
+    assert two.members == local.members
+
+
+GUARDED = """
+import socket, sys
+from pathlib import Path
+from cmacc.ingest import FetchOptions, IngestFailure, fetched
+from cmacc.ingest.guard import guard_sockets
+guard_sockets(sys.argv[3:])
+resolve = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *more, **named: resolve("127.0.0.1" if host == "video.example" else host, *more, **named)
+try:
+    if sys.argv[1].startswith("http"):
+        options = FetchOptions(retries=0, socket_timeout_s=5, allow_private="127.0.0.1" in sys.argv[1])
+        with fetched(sys.argv[1], [(0.0, None)], Path(sys.argv[2]), options) as media:
+            print("fetched", media.bytes)
+    else:
+        host, port = sys.argv[1].split()
+        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET).connect((host, int(port)))
+        print("connected")
+except IngestFailure as failure:
+    print(failure.cause, "with --allow-private" in failure.detail)
+"""
+
+
+def guarded(what: str, folder: Path, *allowed: str) -> str:
+    """What a guarded process of its own says about an address, or about a socket's `host port`."""
+    command = [sys.executable, "-c", GUARDED, what, str(folder), *allowed]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def test_a_guarded_process_connects_to_nothing_private(tmp_path: Path) -> None:
+    with served({"a.mp4": BODY}) as site:
+        port = site.address.rpartition(":")[2]
+        mapped = ("::ffff:127.0.0.1", "64:ff9b::a00:1")
+        for host in ("127.0.0.1", "localhost", "::1", "169.254.169.254", "10.0.0.1", "fe80::1", *mapped):
+            assert guarded(f"{host} {port}", tmp_path) == "forbidden True", host
+        # through yt-dlp, which wraps what it is told: a name that leads inwards
+        assert guarded(f"http://video.example:{port}/a.mp4", tmp_path) == "forbidden True"
+        assert site.asked == []
+        assert guarded(f"127.0.0.1 {port}", tmp_path, site.address) == "connected"
+        assert guarded(f"{site.address}/a.mp4", tmp_path, site.address) == f"fetched {len(BODY)}"
+        # an address that may be connected to, and sends on to one that may not
+        with served({"a.mp4": BODY}, f"away:{site.address}/a.mp4") as other:
+            asked = len(site.asked)
+            assert guarded(f"{other.address}/a.mp4", tmp_path, other.address) == "forbidden True"
+            assert (len(other.asked), len(site.asked)) == (1, asked)
+
+
+def test_an_address_that_is_private_is_refused_before_anything_is_asked(site: str, tmp_path: Path) -> None:
+    assert cause(site + "/a.mp4", tmp_path, FetchOptions()) is Cause.FORBIDDEN
+    assert Site.asked == []
+    for host in ("localhost", "127.0.0.1:80", "[::1]", "[::ffff:10.0.0.1]", "192.168.1.1", "0.0.0.0", "u:p@169.254.169.254:80"):
+        with pytest.raises(IngestFailure, match="--allow-private"):
+            refuse_private(f"http://{host}/a.mp4")
+    with pytest.raises(IngestFailure) as caught:
+        refuse_private("http://[bad/a.mp4")
+    assert caught.value.cause is Cause.BAD_ROW
+    refuse_private("https://www.youtube.com/watch?v=x")
+    refuse_private("https://8.8.8.8/a.mp4")
+
+
+def test_which_addresses_are_public() -> None:
+    public = ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+    assert all(map(_is_public, public))
+    private = [
+        "100.64.0.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "fc00::1",
+        "fe80::1%eth0",
+        "2002:7f00:1::",
+        "ff02::1",
+        "::",
+        "a.example",
+    ]
+    assert not any(map(_is_public, private))
 
 
 def test_options_say_what_to_change(tmp_path: Path) -> None:
