@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test test-all check bench study lock clean
+.PHONY: demo test test-all check bench bench-peers study lock clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -32,6 +32,13 @@ test-all: check
 
 bench: .venv/.ready
 	$(BIN)/python infra/bench/bench.py
+	$(BIN)/python infra/bench/ingest.py
+	$(BIN)/python infra/bench/ingest.py --memory
+
+# video2dataset, 6 GB in an environment of its own, so that `make bench` can run it beside ingest. Needs Python 3.11.
+bench-peers: .venv/.ready
+	$(BIN)/uv venv --quiet --clear --python 3.11 .venv/video2dataset
+	$(BIN)/uv pip sync --quiet --python .venv/video2dataset/bin/python infra/bench/peers/video2dataset.txt
 
 # The demo's run beside the same with other negatives, three seeds each; takes `make demo`'s data set.
 study: .venv/.ready
