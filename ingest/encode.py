@@ -159,7 +159,8 @@ class VideoWriter:
 def _video_codec(profile: Profile) -> tuple[str, dict[str, str]]:
     if profile.codec == "h264":
         # mbtree reads memory that it never wrote: the same frames would give other bytes now and then
-        exact = f"keyint={profile.gop}:min-keyint={profile.gop}:scenecut=0:open-gop=0:threads=1:lookahead-threads=1:mbtree=0"
+        exact = "scenecut=0:open-gop=0:threads=1:lookahead-threads=1:mbtree=0:cpu-independent=1"
+        exact = f"keyint={profile.gop}:min-keyint={profile.gop}:{exact}"
         return "libx264", {"preset": "veryfast", "crf": str(profile.quality), "x264-params": exact}
     if profile.codec == "vp9":
         options = {"deadline": "realtime", "cpu-used": "8", "crf": str(profile.quality), "b": "0", "lag-in-frames": "0"}
