@@ -105,11 +105,8 @@ class Ledger:
         not are taken out, unless they are done.
         """
         with self._writing() as db:
-            digest, number = getattr(manifest, "digest", ""), 1
-            if known := db.execute(sa.select(sql.MANIFESTS).where(sql.MANIFESTS.c.name == manifest.name)).first():
-                if digest and known.digest == digest:
-                    return
-                number = known[2] + 1
+            before = db.execute(sa.text("select pass from manifests where name = :name"), {"name": manifest.name}).scalar()
+            number = 1 + (before or 0)
             at = {"manifest": manifest.name, "pass": number}
             db.execute(sa.text("delete from clips where manifest = :manifest and state = 'bad-row'"), at)
             rows = iter(manifest)
@@ -118,10 +115,10 @@ class Ledger:
             db.execute(sa.text("delete from clips where manifest = :manifest and pass < :pass and state <> 'done'"), at)
             db.execute(
                 sa.text(
-                    "insert into manifests (name, digest, pass) values (:manifest, :digest, :pass) "
-                    "on conflict (name) do update set digest = excluded.digest, pass = excluded.pass"
+                    "insert into manifests (name, pass) values (:manifest, :pass) "
+                    "on conflict (name) do update set pass = excluded.pass"
                 ),
-                at | {"digest": digest},
+                at,
             )
 
     def _enter(self, db: sa.Connection, batch: Sequence[ClipRequest | BadRow], at: dict[str, Any]) -> None:
@@ -138,7 +135,9 @@ class Ledger:
             )
             db.execute(sa.text(sql.ENTER), [{**at, **_values(r)} for r in requests])
             keys = [r.key for r in requests]
-            owners = db.execute(sa.select(sql.CLIPS.c.key, sql.CLIPS.c.manifest, sql.CLIPS.c.row).where(sql.CLIPS.c.key.in_(keys)))
+            owners = db.execute(
+                sa.select(sql.CLIPS.c.key, sql.CLIPS.c.manifest, sql.CLIPS.c.row).where(sql.CLIPS.c.key.in_(keys))
+            )
             owner = {row.key: (row.manifest, row[2]) for row in owners}
             for r, key in zip(requests, keys, strict=True):
                 if owner[key] != (at["manifest"], r.row):

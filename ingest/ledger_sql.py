@@ -25,7 +25,6 @@ _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite numbers rows 
 MANIFESTS = sa.Table(
     "manifests", TABLES,
     sa.Column("name", sa.Text, primary_key=True),
-    _text("digest"),
     _int("pass"),
 )  # fmt: skip
 SOURCES = sa.Table(

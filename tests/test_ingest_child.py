@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -21,23 +22,32 @@ from test_ingest_media import clapper, ffmpeg
 from cmacc.ingest import (
     Cause,
     ClipRequest,
+    Crew,
     FetchOptions,
+    Gate,
+    IngestConfig,
     IngestFailure,
+    Ledger,
     Limits,
     Outcome,
+    Pace,
     SourceVideo,
     read_staged,
     staged_path,
-    stop_all,
     transcode,
-    work,
 )
 from cmacc.ingest.child import ingest_video
 from cmacc.ingest.staging import StagedWriter
+from cmacc.ingest.work import _Child
 from cmacc.shards.clip import Clip, source_id
 from cmacc.shards.profile import profile
 
 TINY = profile("h264", short_side=32, fps=10, gop=5)
+
+
+def config(**changes: object) -> IngestConfig:
+    given = {"profile": TINY, "fetch": FetchOptions(retries=0, allow_private=True), "timeout_s": 60.0} | changes
+    return IngestConfig(**given)  # type: ignore[arg-type]
 
 
 def video(address: str | Path, *spans: tuple[float, float | None]) -> SourceVideo:
@@ -45,21 +55,22 @@ def video(address: str | Path, *spans: tuple[float, float | None]) -> SourceVide
     requests = tuple(
         ClipRequest(n, "list", source, str(address), start, end) for n, (start, end) in enumerate(spans or ((0.0, 2.0),))
     )
-    return SourceVideo(source, str(address), requests)
+    return SourceVideo(source, str(address), requests, "site" if "://" in str(address) else "")
 
 
-def run(videos: list[SourceVideo], staging: Path, timeout_s: float = 60, limits: Limits | None = None) -> dict[str, Outcome]:
-    options = FetchOptions(retries=0)
-    return {o.key: o for o in work(videos, profile=TINY, staging=staging, timeout_s=timeout_s, options=options, limits=limits)}
+def run(videos: list[SourceVideo], staging: Path, **changes: object) -> dict[str, Outcome]:
+    with Crew(config(**changes), staging) as crew:
+        return {o.key: o for o in crew.work(videos)}
 
 
 def children() -> set[int]:
     """Process ids of the ingest children of this process."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            if b"cmacc.ingest.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(int(pid))
+        with contextlib.suppress(FileNotFoundError):  # threads end at any time
+            for pid in (task / "children").read_text().split():
+                if b"cmacc.ingest.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(int(pid))
     return found
 
 
@@ -105,6 +116,7 @@ def test_what_is_done_is_staged_and_not_done_again(tmp_path: Path) -> None:
     before = staged_path(staging, first.source).read_bytes()
     again = run([first], staging)
     assert [o.detail for o in again.values()] == ["staged before"] * 2
+    assert [(o.fingerprint, o.bytes > 0) for o in again.values()] == [(o.fingerprint, True) for o in list(outcomes.values())[:2]]
     assert staged_path(staging, first.source).read_bytes() == before
     more = run([video(path, (0.0, 2.0), (2.0, 3.5))], staging)
     assert [o.cause for o in more.values()] == [None, None]
@@ -136,31 +148,64 @@ def test_a_crash_costs_one_source_video(tmp_path: Path, hanging: Hanging) -> Non
 def test_a_hang_costs_its_time_limit(tmp_path: Path, hanging: Hanging) -> None:
     slow, after = video(hanging.address), video(clapper(tmp_path / "a.mp4"))
     began = time.monotonic()
-    outcomes = run([slow, after], tmp_path / "staging", timeout_s=3)
+    outcomes = run([slow, after], tmp_path / "staging", timeout_s=3.0)
     assert [o.cause for o in outcomes.values()] == [Cause.TIMEOUT, None]
     assert 3 <= time.monotonic() - began < 25
     assert not children()
 
 
-def test_closing_and_stopping_kill_the_child(tmp_path: Path, hanging: Hanging) -> None:
-    good, slow = video(clapper(tmp_path / "a.mp4")), video(hanging.address)
-    outcomes = work([good, slow], profile=TINY, staging=tmp_path / "staging")
-    assert next(outcomes).cause is None
-    assert len(children()) == 1
-    outcomes.close()  # type: ignore[attr-defined]
+def test_a_crash_in_one_clip_costs_that_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child dies whenever it is to make the second clip: the others are made one by one."""
+    asked = []
+
+    def dies_of_the_second(self: _Child, question: dict, limit_s: float) -> dict:  # type: ignore[type-arg]
+        asked.append([r["start_s"] for r in question["requests"]])
+        if 1.0 in asked[-1]:
+            self.kill()
+        return really(self, question, limit_s)
+
+    really = _Child.ask
+    monkeypatch.setattr(_Child, "ask", dies_of_the_second)
+    outcomes = run([video(clapper(tmp_path / "a.mp4"), (0.0, 1.0), (1.0, 2.0), (2.0, 3.0))], tmp_path / "staging")
+    assert [o.cause for o in outcomes.values()] == [None, Cause.CRASH, None]
+    assert asked == [[0.0, 1.0, 2.0], [0.0], [1.0], [2.0]]
+    (tar,) = (tmp_path / "staging").iterdir()
+    assert len(list(read_staged(tar))) == 2
+
+
+def test_a_child_serves_many_groups_and_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmacc.ingest.work._VIDEOS_A_CHILD", 2)
+    videos = [video(clapper(tmp_path / f"{n}.mp4")) for n in "abc"]
+    with Crew(config(), tmp_path / "staging") as crew:
+        pids = []
+        for each in videos:
+            list(crew.work([each]))
+            pids.append(children())
+    assert pids[0] == {*pids[0]} and len(pids[0]) == 1
+    assert pids[1] == set(), "after two videos it has done its share"
+    assert len(pids[2]) == 1 and pids[2] != pids[0]
     assert not children()
-    hanging.when_taken(stop_all)
-    assert [o.cause for o in run([slow], tmp_path / "staging").values()] == [Cause.CRASH]
+
+
+def test_stopping_kills_the_child(tmp_path: Path, hanging: Hanging) -> None:
+    good, slow = video(clapper(tmp_path / "a.mp4")), video(hanging.address)
+    with Crew(config(), tmp_path / "staging") as crew:
+        assert [o.cause for o in crew.work([good])] == [None]
+        assert len(children()) == 1
+        hanging.when_taken(crew.stop)
+        assert [o.cause for o in crew.work([slow])] == [Cause.CRASH]
+        with pytest.raises(RuntimeError, match="stopped"):
+            list(crew.work([video(clapper(tmp_path / "b.mp4"))]))
+    assert not children()
 
 
 def test_the_child_dies_with_its_parent(tmp_path: Path, hanging: Hanging) -> None:
     code = f"""
 from pathlib import Path
-from cmacc.ingest import ClipRequest, SourceVideo, work
-from cmacc.shards.profile import profile
+from cmacc.ingest import ClipRequest, Crew, FetchOptions, IngestConfig, SourceVideo
 address = {hanging.address!r}
 video = SourceVideo("url_0", address, (ClipRequest(1, "m", "url_0", address),))
-list(work([video], profile=profile("h264"), staging=Path({str(tmp_path)!r})))
+list(Crew(IngestConfig(fetch=FetchOptions(allow_private=True)), Path({str(tmp_path)!r})).work([video]))
 """
     hangs = threading.Event()
     hanging.when_taken(hangs.set)
@@ -175,26 +220,55 @@ list(work([video], profile=profile("h264"), staging=Path({str(tmp_path)!r})))
     assert not Path(f"/proc/{pids[0]}").exists()
 
 
-def test_a_cause_that_halts_stops_before_the_next_video(tmp_path: Path) -> None:
+@pytest.fixture
+def refusing() -> Iterator[tuple[str, list[float]]]:
+    """A server that answers every request with 429: its address, and when it was asked."""
+    asked: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
 
         def refuse() -> None:
             while True:
                 connection, _ = server.accept()
                 with connection:
                     connection.recv(4096)
+                    asked.append(time.monotonic())
                     connection.sendall(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
         threading.Thread(target=refuse, daemon=True).start()
-        good, limited, never = (video(clapper(tmp_path / f"{n}.mp4")) for n in "abc")
-        limited = replace(limited, address=address)
-        seen = []
-        with pytest.raises(IngestFailure) as caught:
-            for outcome in work([good, limited, never], profile=TINY, staging=tmp_path / "staging"):
-                seen.append(outcome.cause)
-    assert caught.value.cause is Cause.RATE_LIMITED
-    assert seen == [None, Cause.RATE_LIMITED]
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4", asked
+
+
+def test_a_site_that_has_had_enough_is_left_alone(tmp_path: Path, refusing: tuple[str, list[float]]) -> None:
+    address, asked = refusing
+    good, other = (video(clapper(tmp_path / f"{n}.mp4")) for n in "ab")
+    limited = [replace(video(f"{address}?{n}"), host="site") for n in range(5)]
+    with Ledger(tmp_path / "ledger") as ledger:
+        gate = Gate(ledger, Pace(park_s=3600))
+        with Crew(config(), tmp_path / "staging", gate) as crew:
+            seen = [o.cause for o in crew.work([good, *limited, other])]
+        assert seen == [None, Cause.RATE_LIMITED, None]
+        ((host, (until, cause, _)),) = ledger.closed_hosts().items()
+    assert (host, cause) == ("site", "rate-limited")
+    assert 3500 < until - time.time() < 3700
+    assert len(asked) <= 3, "one video's requests, and nothing after them"
+
+
+def test_the_gate_keeps_a_sites_budget(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger") as ledger:
+        pace, now = Pace(videos_per_hour=36_000, jitter=0.5), time.time()
+        gates = [Gate(ledger, pace), Gate(ledger, pace)]
+        remote, local = replace(video("http://h/a.mp4"), host="h"), video(tmp_path / "a.mp4")
+        assert all(gates[n % 2].admit(remote) for n in range(21))
+        assert time.time() - now > 20 * 0.1 * 0.75, "a tenth of a second each, give or take the jitter"
+        assert all(gates[0].admit(local) for _ in range(1000))
+        gates[0].close()
+        assert not gates[0].admit(remote)
+        assert not gates[0].admit(local)
+    assert Pace().rate("youtube.com") == 300
+    assert Pace().gap_s("elsewhere.org") == 0
+    assert Pace(videos_per_hour=0).gap_s("youtube.com") == 0
+    with pytest.raises(ValueError, match="park_s is -1"):
+        Pace(park_s=-1)
 
 
 def test_a_full_disk_is_nobodys_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,14 +278,14 @@ def test_a_full_disk_is_nobodys_fault(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(StagedWriter, "add", full)
     wanted = video(clapper(tmp_path / "a.mp4"))
     with pytest.raises(IngestFailure) as caught:
-        list(ingest_video(wanted, TINY, tmp_path, FetchOptions(), Limits()))
+        ingest_video(wanted, config(), tmp_path)
     assert caught.value.cause is Cause.DISK_FULL
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_an_error_of_our_own_is_a_crash_of_one_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmacc.ingest.child.transcode", lambda *_: 1 / 0)
-    (outcome,) = ingest_video(video(clapper(tmp_path / "a.mp4")), TINY, tmp_path, FetchOptions(), Limits())
+    (outcome,) = ingest_video(video(clapper(tmp_path / "a.mp4")), config(), tmp_path)
     assert outcome.cause is Cause.CRASH
     assert "ZeroDivisionError" in outcome.detail
 
@@ -224,5 +298,5 @@ def test_memory_has_a_limit(tmp_path: Path) -> None:
         assert container.streams.video[0].width == 9000
     wanted = video(huge, (0.0, 0.9))
     after = video(clapper(tmp_path / "a.mp4"))
-    outcomes = run([wanted, after], tmp_path / "staging", limits=Limits(memory_mb=256))
+    outcomes = run([wanted, after], tmp_path / "staging", limits=Limits(memory_mb=256, max_pixels=10**8))
     assert [o.cause for o in outcomes.values()] == [Cause.UNDECODABLE, None]

@@ -25,7 +25,6 @@ class Listed:
 
     name: str
     listed: tuple[ClipRequest | BadRow, ...]
-    digest: str = ""
 
     def __iter__(self) -> Iterator[ClipRequest | BadRow]:
         return iter(self.listed)
@@ -130,15 +129,6 @@ def test_an_edited_manifest_keeps_what_is_done(ledger: Ledger) -> None:
             (5, "same clip as line 3"),
             (100, "no id"),
         ]
-
-
-def test_a_manifest_that_is_the_same_is_not_read_again(ledger: Ledger) -> None:
-    once = Listed("once", (*manifest("once", (A, 90.0, 91.0)).listed,), "abc")
-    ledger.add(once)
-    ledger.add(Listed("once", (), "abc"))
-    assert ledger.counts().rows == 8
-    ledger.add(Listed("once", (), "abd"))
-    assert ledger.counts().rows == 7
 
 
 def test_failures_are_due_again_by_the_rule_of_their_cause(ledger: Ledger) -> None:
