@@ -13,6 +13,7 @@ _LOW_HZ, _HIGH_HZ = 100.0, 7000.0
 _FLOOR = 1e-2  # of a band's mean power: what is softer than that is no onset
 _STILL = 0.3  # luma change, 0..255, that is no motion
 _TREND_S = 0.5
+_SPREAD = (0.25, 0.5, 0.25)
 _EPS = 1e-9
 
 
@@ -22,15 +23,16 @@ def av_offset(changes: NDArray[Any], sound: NDArray[np.float32], rate: int, fps:
     changes: mean absolute luma change from the frame before, (n,), 0 for the first. sound: mono, at `rate` Hz.
 
     The offset is the lag, in whole frames, at which onsets of motion and of sound correlate best: r(lag) is the coefficient of
-    both series less their running mean. trust = (r(best) - max r elsewhere) * (1 - 2/events), not below 0: `elsewhere` is more
-    than two frames away, so that a beat that fits at many lags counts for nothing; events = (sum p)^2 / sum p^2 over the
-    positive products p of the two series at the best lag, so that two coincidences count for nothing.
+    both series less their running mean. trust = (r(best) - max r elsewhere) * (1 - 4/n), not below 0: `elsewhere` is more than
+    two frames away, so that a beat that fits at many lags counts for nothing; n = (sum p)^2 / sum p^2 over the positive
+    products p of the two series at the best lag, about two for each event, so that two coincidences count for nothing.
     (0, 0) when the clip is too short, or when nothing moves or sounds.
     """
     most = round(min(MAX_OFFSET_S, len(changes) / fps / 4) * fps)
     if most < 4:
         return 0.0, 0.0
-    moves = _events(_rise(np.log(np.asarray(changes, np.float64) + _STILL)), fps)
+    known = np.concatenate([changes[1:2], changes[1:]])
+    moves = _events(_rise(np.log(known + _STILL)), fps)
     sounds = _events(onsets(sound, rate, fps, len(changes)), fps)
     scale = float(np.linalg.norm(moves) * np.linalg.norm(sounds))
     if scale < _EPS:
@@ -41,8 +43,8 @@ def av_offset(changes: NDArray[Any], sound: NDArray[np.float32], rate: int, fps:
     best = int(fits.argmax())
     elsewhere = np.abs(np.arange(len(fits)) - best) > 2
     agree = np.maximum(products[best], 0)
-    events = float(agree.sum() ** 2 / max(float(np.square(agree).sum()), _EPS))
-    trust = max(0.0, float(fits[best] - max(0.0, fits[elsewhere].max()))) * max(0.0, 1 - 2 / max(events, 1.0))
+    n = float(agree.sum() ** 2 / max(float(np.square(agree).sum()), _EPS))
+    trust = max(0.0, float(fits[best] - max(0.0, fits[elsewhere].max()))) * max(0.0, 1 - 4 / max(n, 1.0))
     return (best - most) / fps, trust
 
 
@@ -64,9 +66,8 @@ def _rise(level: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _events(series: NDArray[np.float64], fps: int) -> NDArray[np.float64]:
-    """A series less its running mean over about a second, its first value, of which nothing is known, put to the mean."""
+    """A series less its running mean over about a second, spread a little: an event may fall between two frames."""
     width = 2 * round(_TREND_S * fps) + 1
-    series = np.concatenate([series[1:2], series[1:]])
     weights = np.ones(min(width, len(series)))
     mean = np.convolve(series, weights, "same") / np.convolve(np.ones(len(series)), weights, "same")
-    return series - mean
+    return np.convolve(series - mean, _SPREAD, "same")
