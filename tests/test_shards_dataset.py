@@ -9,6 +9,7 @@ import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -287,10 +288,25 @@ def test_facts_are_strict(clips: list[Clip]) -> None:
     assert facts_from_json(json.dumps({**good, "fps": 8}).encode()) == clips[0].facts
     wrong = [b"", b"\xff", b"[]", b"{}", json.dumps({**good, "more": 1}).encode()]
     mistyped = {"fps": "8", "n_frames": 1.5, "width": True, "labels": "x", "keyframes": [0.5]}
+    mistyped |= {"av_trust": "1", "duplicate_of": 3, "fingerprint": "abc", "captions": [[0.0, 1.0]]}
     wrong += [b"[" * 100_000, *(json.dumps({**good, k: v}).encode() for k, v in mistyped.items())]
     for data in wrong:
         with pytest.raises(ValueError, match=r"json member|should be"):
             facts_from_json(data)
+    for said in (3, [[0.0, 1.0, 2]], [["0", 1.0, "a"]], [[0.0, 1.0, "a", "b"]], ["abc"]):
+        with pytest.raises(ValueError, match="fact captions"):
+            facts_from_json(json.dumps({**good, "captions": said}).encode())
+
+
+def test_later_facts_have_defaults(clips: list[Clip]) -> None:
+    later = ("av_offset_s", "av_trust", "fingerprint", "duplicate_of", "captions")
+    good = json.loads(facts_to_json(clips[0].facts))
+    assert facts_from_json(json.dumps({k: v for k, v in good.items() if k not in later}).encode()) == clips[0].facts
+    full = replace(
+        clips[0].facts, av_offset_s=-0.12, av_trust=0.5, fingerprint="0123456789abcdef" * 4, duplicate_of="k",
+        captions=((0.0, 1.5, "hello"), (1, 2.0, "café")),
+    )  # fmt: skip
+    assert facts_from_json(facts_to_json(full)) == full
 
 
 def test_meta_bytes_do_not_depend_on_order() -> None:

@@ -20,13 +20,18 @@ import numpy as np
 import pytest
 from media import make_clip, tiny_profile
 
+from cmacc.shards import catalog as catalog_module
 from cmacc.shards import writer as writer_module
 from cmacc.shards.catalog import Catalog
-from cmacc.shards.clip import Clip
+from cmacc.shards.clip import Clip, Facts
 from cmacc.shards.dataset import Dataset
+from cmacc.shards.describe import describe
 from cmacc.shards.errors import DatasetError
+from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
 from cmacc.shards.publish import PartFile
+from cmacc.shards.query import matching
+from cmacc.shards.reshard import reshard
 from cmacc.shards.writer import DatasetWriter
 
 SHARD = 30_720
@@ -377,3 +382,101 @@ def test_catalog_is_made_again_from_the_shards(tmp_path: Path, damage: str) -> N
     assert lint(tmp_path, samples=0) == []
     assert_holds(tmp_path, clips)
     assert len(Dataset.open(tmp_path)) == 6
+
+
+LATER = ("av_offset_s", "av_trust", "fingerprint", "duplicate_of")
+
+
+def measured(i: int) -> Clip:
+    """A clip with every fact that came later."""
+    clip = plain_clip(i)
+    facts = replace(
+        clip.facts, av_offset_s=i / 25, av_trust=0.5, fingerprint=f"{i + 1:064x}", captions=((0.0, 0.5, f"word {i}"),),
+        duplicate_of=plain_clip(i - 1).key if i % 2 else "",
+    )  # fmt: skip
+    return replace(clip, facts=facts)
+
+
+def older(path: Path, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set as it was written before those facts were there."""
+    real = writer_module.facts_to_json
+
+    def without(facts: Facts) -> bytes:
+        kept = {k: v for k, v in json.loads(real(facts)).items() if k not in (*LATER, "captions")}
+        return json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()
+
+    with monkeypatch.context() as m:
+        m.setattr(writer_module, "facts_to_json", without)
+        write(path, clips)
+    root = path / "catalog.zarr"
+    for name in LATER:
+        shutil.rmtree(root / name)
+    meta = json.loads((root / "zarr.json").read_text())
+    del meta["attributes"]["later"]
+    (root / "zarr.json").write_text(json.dumps(meta))
+
+
+def test_later_facts_are_columns(tmp_path: Path) -> None:
+    clips = [measured(i) for i in range(6)]
+    write(tmp_path, clips)
+    catalog = Dataset.open(tmp_path).catalog
+    assert catalog.facts() == [replace(c.facts, captions=()) for c in clips]
+    assert catalog.column("av_offset_s").tolist() == [c.facts.av_offset_s for c in clips]
+    assert catalog.column("fingerprint").dtype == np.uint64 and catalog.column("fingerprint").shape == (6, 4)
+    assert catalog.column("fingerprint")[4].tolist() == [0, 0, 0, 5]
+    assert catalog.texts("duplicate_of").tolist() == [c.facts.duplicate_of for c in clips]
+    assert facts_from_json(Dataset.open(tmp_path).read(2, ("json",))["json"]) == clips[2].facts
+    assert lint(tmp_path, samples=0) == []
+    assert matching(Dataset.open(tmp_path), "duplicate_of <> '' and av_offset_s > 0.1 and av_trust = 0.5").tolist() == [3, 5]
+    assert describe(Dataset.open(tmp_path))["duplicates"] == 3
+    reshard([tmp_path], tmp_path / "again", order="shuffle:1", where="duplicate_of = ''")
+    again = Dataset.open(tmp_path / "again")
+    found = {str(k): (again.read(i), f) for i, (k, f) in enumerate(zip(again.keys, again.catalog.facts(), strict=True))}
+    old = Dataset.open(tmp_path)
+    assert found == {str(old.keys[i]): (old.read(i), old.catalog.facts(slice(i, i + 1))[0]) for i in (0, 2, 4)}
+
+
+def test_an_older_data_set_is_read_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, later = [plain_clip(i) for i in range(4)], [measured(i) for i in range(4, 7)]
+    path = tmp_path / "old"
+    older(path, plain, monkeypatch)
+    before = {p.name: p.read_bytes() for p in path.glob("*.tar")}
+    dataset = Dataset.open(path)
+    assert dataset.catalog.facts() == [c.facts for c in plain]
+    assert dataset.catalog.column("fingerprint").tolist() == [[0] * 4] * 4
+    assert dataset.catalog.column("av_trust", slice(1, 3)).tolist() == [0, 0]
+    assert dataset.catalog.shape("fingerprint") == (4, 4) and dataset.catalog.texts("duplicate_of").tolist() == [""] * 4
+    assert matching(dataset, "duplicate_of = '' and av_trust = 0").tolist() == [0, 1, 2, 3]
+    assert describe(dataset)["duplicates"] == 0 and lint(path, samples=0) == []
+    reshard([path], tmp_path / "new")
+    assert Dataset.open(tmp_path / "new").catalog.facts() == [c.facts for c in plain]
+    write(path, [*plain, *later])
+    assert Dataset.open(path).catalog.facts() == [replace(c.facts, captions=()) for c in (*plain, *later)]
+    assert lint(path, samples=0) == [] and before.items() <= {p.name: p.read_bytes() for p in path.glob("*.tar")}.items()
+    assert dataset.catalog.facts() == [c.facts for c in plain], "what was opened before goes on as it was"
+    # now that it has the columns, one that is lost is damage, and mended
+    shutil.rmtree(path / "catalog.zarr" / "fingerprint")
+    assert [f.code for f in lint(path, samples=0)] != []
+    write(path, later)
+    assert Dataset.open(path).catalog.facts() == [replace(c.facts, captions=()) for c in (*plain, *later)]
+
+
+def test_killed_while_an_older_catalog_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = [plain_clip(i) for i in range(3)]
+    older(tmp_path, clips, monkeypatch)
+    catalog = Catalog(str(tmp_path / "catalog.zarr"), 3, ("mp4", "flac", "json"), writable=True)
+    real = catalog_module._fact
+
+    def killed(group: object, name: str, rows: int = 0) -> None:
+        if name == "fingerprint" and rows:
+            raise Killed
+        real(group, name, rows)
+
+    with monkeypatch.context() as m:
+        m.setattr(catalog_module, "_fact", killed)
+        with pytest.raises(Killed):
+            catalog.grow()
+    assert Dataset.open(tmp_path).catalog.facts() == [c.facts for c in clips]
+    write(tmp_path, [*clips, measured(3)])
+    assert lint(tmp_path, samples=0) == []
+    assert Dataset.open(tmp_path).catalog.facts()[3] == replace(measured(3).facts, captions=())
