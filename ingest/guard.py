@@ -9,9 +9,8 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from cmacc.ingest.addresses import ALLOW, is_private
 from cmacc.ingest.causes import Cause, IngestFailure
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class _Refused(IngestFailure, OSError):
@@ -38,12 +37,13 @@ def guard_sockets(allowed: Collection[str] = ()) -> None:
 
 
 def refuse_private(url: str) -> None:
-    """Raises IngestFailure (forbidden) when the host of this URL is written as an address that is not public."""
+    """Raises IngestFailure (forbidden) when the host of this URL is no public one as it is written."""
     try:
         host = urlsplit(url).hostname or ""
+        private = is_private(host)
     except ValueError as error:
-        raise IngestFailure(Cause.BAD_ROW, f"{url[:80]} is no address: {error}") from error
-    if host == "localhost" or (_is_address(host) and not _is_public(host)):
+        raise IngestFailure(Cause.BAD_ROW, f"the address has no valid host: {error}") from error
+    if private:
         raise IngestFailure(Cause.FORBIDDEN, _sentence(host))
 
 
@@ -53,29 +53,16 @@ def proxies(named: str) -> list[str]:
 
 
 def _sentence(host: str) -> str:
-    return f"{host[:80]} is not a public address; with --allow-private it would be connected to"
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return f"{host[:80]} is of this machine or a private network; {ALLOW}"
 
 
 def _is_public(host: str) -> bool:
     """False for a name too: whoever connects has resolved it before, or else nobody has looked where it leads."""
     try:
-        address = ipaddress.ip_address(host)
+        ipaddress.ip_address(host)
     except ValueError:
         return False
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        address = inner or address
-    return address.is_global and not address.is_multicast
+    return not is_private(host)
 
 
 def _ends(url: str) -> set[tuple[str, int]]:

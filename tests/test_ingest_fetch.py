@@ -175,6 +175,7 @@ def test_a_source_that_is_too_large(site: str, tmp_path: Path) -> None:
     with served({"a.mp4": b"?"}, "endless") as endless:
         assert cause(endless.address + "/a.mp4", tmp_path, options) is Cause.TOO_LARGE
         assert endless.sent < len(BODY) + (16 << 20), "what the sockets hold is all that comes after it"
+    (tmp_path / "new").mkdir()
     exact = FetchOptions(max_bytes=len(BODY), allow_private=True)
     with fetched(site + "/a.mp4", [(0.0, None)], tmp_path / "new", exact) as media:
         assert media.bytes == len(BODY)
@@ -319,42 +320,43 @@ from cmacc.ingest.guard import guard_sockets
 guard_sockets(sys.argv[3:])
 resolve = socket.getaddrinfo
 socket.getaddrinfo = lambda host, *more, **named: resolve("127.0.0.1" if host == "video.example" else host, *more, **named)
-try:
-    if sys.argv[1].startswith("http"):
-        options = FetchOptions(retries=0, socket_timeout_s=5, allow_private="127.0.0.1" in sys.argv[1])
-        with fetched(sys.argv[1], [(0.0, None)], Path(sys.argv[2]), options) as media:
-            print("fetched", media.bytes)
-    else:
-        host, port = sys.argv[1].split()
-        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET).connect((host, int(port)))
-        print("connected")
-except IngestFailure as failure:
-    print(failure.cause, "with --allow-private" in failure.detail)
+def say(act):
+    try:
+        print(act())
+    except IngestFailure as failure:
+        print(failure.cause, "--allow-private" in failure.detail)
+def fetch(url):
+    options = FetchOptions(retries=0, socket_timeout_s=5, allow_private="127.0.0.1" in url)
+    with fetched(url, [(0.0, None)], Path(sys.argv[2]), options) as media:
+        return f"fetched {media.bytes}"
+def connect(host, port):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as line:
+        line.connect((host, int(port)))
+    return "connected"
+for what in sys.argv[1].split():
+    say(lambda: fetch(what) if what.startswith("http") else connect(*what.split("|")))
 """
 
 
-def guarded(what: str, folder: Path, *allowed: str) -> str:
-    """What a guarded process of its own says about an address, or about a socket's `host port`."""
-    command = [sys.executable, "-c", GUARDED, what, str(folder), *allowed]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+def guarded(what: list[str], folder: Path, *allowed: str) -> list[str]:
+    """What a guarded process of its own says about each address, or a socket's `host|port`."""
+    command = [sys.executable, "-c", GUARDED, " ".join(what), str(folder), *allowed]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
 
 
 def test_a_guarded_process_connects_to_nothing_private(tmp_path: Path) -> None:
-    with served({"a.mp4": BODY}) as site:
+    with served({"a.mp4": BODY}) as site, served({"a.mp4": BODY}, f"away:{site.address}/a.mp4") as other:
         port = site.address.rpartition(":")[2]
         mapped = ("::ffff:127.0.0.1", "64:ff9b::a00:1")
-        for host in ("127.0.0.1", "localhost", "::1", "169.254.169.254", "10.0.0.1", "fe80::1", *mapped):
-            assert guarded(f"{host} {port}", tmp_path) == "forbidden True", host
-        # through yt-dlp, which wraps what it is told: a name that leads inwards
-        assert guarded(f"http://video.example:{port}/a.mp4", tmp_path) == "forbidden True"
-        assert site.asked == []
-        assert guarded(f"127.0.0.1 {port}", tmp_path, site.address) == "connected"
-        assert guarded(f"{site.address}/a.mp4", tmp_path, site.address) == f"fetched {len(BODY)}"
+        hosts = ("127.0.0.1", "localhost", "::1", "169.254.169.254", "10.0.0.1", "fe80::1", *mapped)
+        # the last goes through yt-dlp, which wraps what it is told: a name that leads inwards
+        asked = [*(f"{host}|{port}" for host in hosts), f"http://video.example:{port}/a.mp4"]
+        assert guarded(asked, tmp_path) == ["forbidden True"] * len(asked)
         # an address that may be connected to, and sends on to one that may not
-        with served({"a.mp4": BODY}, f"away:{site.address}/a.mp4") as other:
-            asked = len(site.asked)
-            assert guarded(f"{other.address}/a.mp4", tmp_path, other.address) == "forbidden True"
-            assert (len(other.asked), len(site.asked)) == (1, asked)
+        assert guarded([f"{other.address}/a.mp4"], tmp_path, other.address) == ["forbidden True"]
+        assert (len(other.asked), len(site.asked)) == (1, 0)
+        asked = [f"127.0.0.1|{port}", f"{site.address}/a.mp4"]
+        assert guarded(asked, tmp_path, site.address) == ["connected", f"fetched {len(BODY)}"]
 
 
 def test_an_address_that_is_private_is_refused_before_anything_is_asked(site: str, tmp_path: Path) -> None:
@@ -448,4 +450,3 @@ def test_each_cause_knows_whether_to_try_again() -> None:
         Cause.TIMEOUT,
         Cause.CRASH,
     }
-    assert all(c.retry.after_s >= 3600 for c in Cause if c.parks)
