@@ -61,8 +61,8 @@ class Limits:
         self._refuse(video.width * video.height, self.max_pixels, "pixels in a frame")
         self._refuse(float(source.duration_s or 0), self.max_video_s, "seconds")
 
-    def bounded(self, moments: Iterator[Picture | Samples | Trouble]) -> Iterator[Picture | Samples | Trouble]:
-        """One pass over a source video. Raises IngestFailure (too-large) where it goes on beyond what its headers said."""
+    def bounded(self, moments: Iterator[Picture | Samples | Trouble], rate: int) -> Iterator[Picture | Samples | Trouble]:
+        """One pass over a source video, its sound at `rate` Hz. Raises IngestFailure (too-large) where its headers lied."""
         pictures = 0
         for moment in moments:
             if isinstance(moment, Picture):
@@ -70,6 +70,8 @@ class Limits:
                 self._refuse(pictures, self.max_frames, "frames to decode")
                 self._refuse(moment.frame.width * moment.frame.height, self.max_pixels, "pixels in a frame")
                 self._refuse(float(moment.time_s), self.max_video_s, "seconds")
+            elif isinstance(moment, Samples):
+                self._refuse(moment.first / rate, self.max_video_s, "seconds")
             yield moment
 
     @staticmethod

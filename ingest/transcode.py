@@ -55,8 +55,8 @@ def transcode(
             return
         yield from failures
         for run in _runs(cuts):
-            moments = _moments(media, run[0].start_s, sound_rate(profile), limits.decoder_threads)
-            yield from _cut_run(run, limits.bounded(moments))
+            rate = sound_rate(profile)
+            yield from _cut_run(run, limits.bounded(_moments(media, run[0].start_s, rate, limits.decoder_threads), rate))
 
 
 def _plan(

@@ -234,6 +234,14 @@ def test_a_stream_that_lies_about_its_size_and_length_is_refused(tmp_path: Path)
     assert cause(both, 0.2, 3.8, limits=Limits(max_pixels=96 * 64)) is Cause.TOO_LARGE
 
 
+def test_sound_that_goes_on_without_a_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, sound = clapper(tmp_path / "a.mkv", seconds=2, claps=(1.0,)), clapper(tmp_path / "b.mkv", seconds=9, picture=False)
+    both = tmp_path / "both.ts"
+    ffmpeg("-i", picture, "-i", sound, "-map", "0:v", "-map", "1:a", "-c", "copy", both)
+    monkeypatch.setattr(Limits, "admit", lambda limits, source: None)
+    assert cause(both, 0.0, 4.0, limits=Limits(max_video_s=5.0)) is Cause.TOO_LARGE
+
+
 def test_the_same_bytes_on_every_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = melody(tmp_path / "a.mp4", 0)
     here = clip(path, 0.0, 2.0)
