@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,17 +35,15 @@ class FetchOptions:
     """How source videos are downloaded.
 
     short_side: pixels; the best format up to here is taken, H.264 with AAC in MP4 first. cookies: a Netscape cookie file.
-    proxy: its URL. rate_limit: bytes per second, 0 without limit. pause_s: wait before each download, for a site's sake.
-    socket_timeout_s: without a byte. retries: of one request. max_bytes: to download of one source video, 0 for any number.
-    ranges: of a long source video fetch only what its clips need, where that is less. allow_private: connect to addresses of
-    this machine and of private networks too.
+    proxy: its URL. rate_limit: bytes per second, 0 without limit. socket_timeout_s: without a byte.
+    retries: of one request. max_bytes: to download of one source video, 0 for any number. ranges: of a long source video fetch
+    only what its clips need, where that is less. allow_private: connect to this machine and to private networks too.
     """
 
     short_side: int = 480
     cookies: str = ""
     proxy: str = ""
     rate_limit: int = 0
-    pause_s: float = 0.0
     socket_timeout_s: float = 20.0
     retries: int = 2
     max_bytes: int = 0
@@ -52,7 +51,7 @@ class FetchOptions:
     allow_private: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("rate_limit", "pause_s", "retries", "max_bytes"):
+        for field in ("rate_limit", "retries", "max_bytes"):
             if getattr(self, field) < 0:
                 raise ValueError(f"fetch option {field} is {getattr(self, field)}; give 0 or more")
         for field in ("short_side", "socket_timeout_s"):
@@ -130,6 +129,8 @@ class _Download:
 
     def _part(self, path: Path, info: dict[str, Any]) -> File:
         """The file by ranges, if they are less than the whole of it; else filled. Raises RangesRefused."""
+        # YouTube gives an address some seconds before it answers there; for a download yt-dlp waits by itself
+        time.sleep(max((info.get("available_at") or 0) - time.time(), 0))
         headers = info.get("http_headers") or {}
         file = RangedFile(self.ydl, info["url"], headers, path, self.meter, self.options.retries)
         self.stack.callback(file.close)
@@ -238,7 +239,6 @@ def _parameters(scratch: Path, options: FetchOptions) -> dict[str, Any]:
         "continuedl": True,
         "updatetime": False,
         "http_chunk_size": 10 << 20,
-        "sleep_interval": options.pause_s,
     }
     optional = {
         "cookiefile": options.cookies,

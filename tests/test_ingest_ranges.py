@@ -256,6 +256,20 @@ def test_a_full_disk_ends_the_run_from_within_ffmpeg(
     assert caught.value.cause is Cause.DISK_FULL
 
 
+def test_what_is_not_available_yet_is_waited_for(long: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    look = yt_dlp.YoutubeDL.extract_info
+    soon = fetch.time.time() + 60
+    monkeypatch.setattr(yt_dlp.YoutubeDL, "extract_info", lambda *a, **k: look(*a, **k) | {"available_at": soon})
+    monkeypatch.setattr(fetch.time, "sleep", slept.append)
+    with served({"a.mp4": long["first"].read_bytes()}) as site:
+        with fetched(f"{site.address}/a.mp4", [(30.0, 33.0)], tmp_path, QUICK):
+            assert 30 < max(slept) <= 60
+        (tmp_path / "whole").mkdir()
+        with fetched(f"{site.address}/a.mp4", [(30.0, None)], tmp_path / "whole", QUICK):
+            assert max(slept[1:]) > 30
+
+
 def test_how_much_of_a_source_its_clips_need() -> None:
     assert fetch._wanted_s([(100.0, 110.0)], 1000.0) == 25
     assert fetch._wanted_s([(100.0, 110.0), (105.0, 120.0)], 1000.0) == 35
