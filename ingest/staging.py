@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +73,15 @@ def scratch_folder(staging: Path, source: str) -> Iterator[Path]:
 
 def clear_scratch(staging: Path, source: str) -> None:
     shutil.rmtree(staging / f"{source}.work", ignore_errors=True)
+
+
+def clear_leftovers(staging: Path, there: Collection[str]) -> None:
+    """Remove what a killed run left: scratch folders, and staged tars of which every clip is `there` already."""
+    for folder in staging.glob("*.work"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in staging.glob("*.tar"):
+        if all(key in there for key in staged_keys(path)):
+            path.unlink(missing_ok=True)
 
 
 def staged_path(staging: Path, source: str) -> Path:

@@ -76,7 +76,7 @@ def test_the_same_over_http(real_data: Path, tmp_path: Path) -> None:
     with serve(links) as url:
         table = tmp_path / "list.csv"
         table.write_text("url\n" + "".join(f"{url}/{name}\n" for name in names))
-        ingest.fn([str(table)], str(remote), **SMALL)
+        ingest.fn([str(table)], str(remote), allow_private=True, **SMALL)
     assert outcomes(remote) == outcomes(local)
 
 
