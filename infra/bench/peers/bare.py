@@ -8,6 +8,7 @@ from typing import Any
 
 import av
 from av.codec.context import Flags
+from av.video.reformatter import VideoReformatter
 
 from cmacc.ingest.encode import _SCALING, _video_codec  # the very settings, so that the two cannot drift apart
 from cmacc.shards.profile import Profile
@@ -30,6 +31,7 @@ def _clip(frames: Any, start_s: Fraction, count: int, profile: Profile) -> int:
     """Encode `count` frames from start_s on: each instant shows the first frame that comes at most half a frame before it."""
     codec, options = _video_codec(profile)
     encoder: Any = None
+    scaler = VideoReformatter()
     made = shown = 0
     for frame in frames:
         times = min(round((frame.pts * frame.time_base - start_s) * profile.fps) + 1, count) - shown
@@ -37,7 +39,7 @@ def _clip(frames: Any, start_s: Fraction, count: int, profile: Profile) -> int:
             continue
         scale = min(1.0, profile.short_side / min(frame.width, frame.height))
         width, height = (2 * round(side * scale / 2) for side in (frame.width, frame.height))
-        shaped = frame.reformat(width=width, height=height, format="yuv420p", interpolation=_SCALING, threads=1)
+        shaped = scaler.reformat(frame, width=width, height=height, format="yuv420p", interpolation=_SCALING, threads=1)
         shaped.pict_type = 0
         if encoder is None:
             encoder = av.CodecContext.create(codec, "w")
