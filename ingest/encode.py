@@ -118,7 +118,7 @@ class VideoWriter:
         plane = plane_of(shaped, 0)
         self.lumas += [plane] * sum(self.n_frames <= look < self.n_frames + times for look in self.looks)
         luma = plane[::4, ::4].astype(np.int16)
-        change = float(np.abs(luma - self.luma).mean()) if self.luma is not None else 0.0
+        change = int(np.abs(luma - self.luma).sum()) / luma.size if self.luma is not None else 0.0
         self.luma = luma
         for repeat in range(times):
             shaped.pts, shaped.time_base = self.n_frames, Fraction(1, self.profile.fps)
