@@ -130,7 +130,10 @@ def measure(
     fps: int,
     checks: Checks,
 ) -> Measures:
-    """sound: mono at `rate` Hz. changes: mean luma change from the frame before, one a frame. lumas: of the frames `looks` names."""
+    """What is known of a clip by looking and listening.
+
+    sound: mono, at `rate` Hz. changes: of each frame, the mean luma change from the one before. lumas: of those `looks` names.
+    """
     offset_s, trust = av_offset(np.array(changes), sound, rate, fps) if checks.desync != "off" else (0.0, 0.0)
     return Measures(
         loudness_db=round(loudness_db(sound), 2),
