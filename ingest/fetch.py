@@ -238,7 +238,7 @@ def _parameters(scratch: Path, options: FetchOptions) -> dict[str, Any]:
         "skip_unavailable_fragments": False,
         "continuedl": True,
         "updatetime": False,
-        "http_chunk_size": 10 << 20,
+        # no http_chunk_size: yt-dlp takes whatever part it gets for the beginning. YouTube's formats bring their own
     }
     optional = {
         "cookiefile": options.cookies,

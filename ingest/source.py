@@ -128,7 +128,6 @@ class _Opened:
             self.container.seek(int((time_s + self.origin) * 1_000_000), backward=True)
         except FFmpegError as error:
             log.debug("no seek in %s: %s", self.name, error)
-        self.check()
 
     def packets(self, *streams: Any) -> Iterator[tuple[Fraction, Packet]]:
         """Packets as they lie in the file, each with its seconds from the origin, or those of the one before it."""

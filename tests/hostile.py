@@ -33,8 +33,9 @@ class Site:
 
     Behaviours: `well`, `once-cut` (the first body breaks off), `cut` (every one does), `drip` (a byte every 0.2 s),
     `silent` (headers, then nothing), `too-long`, `too-short` (the Content-Length), `html`, `loop` (redirects to itself),
-    `empty`, `endless` (chunked), `whole` (no ranges), `shifted`, `grown`, `other` (of a range: its place, the size of the file,
-    its ETag is a wrong one), `gzip`, a status as a number, or `away:URL`, a redirect to there.
+    `empty`, `endless` (chunked), `whole` (no ranges), `late`, `short` (a range that begins later, or ends sooner, than the one
+    asked for), `grown`, `other` (with a range comes another size of the file, another ETag), `gzip`, a status as a number, or
+    `away:URL`, a redirect to there.
     """
 
     files: dict[str, bytes]
@@ -112,12 +113,15 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = int(found[1]), min(int(found[2] or last), last)
             if first >= len(body):
                 return self._answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
+        if found and behaviour == "late":
+            first += 7
+        if found and behaviour == "short":
+            last -= 7
         piece = body[first : last + 1]
         headers = kind | {"Content-Length": str(len(piece)), "ETag": '"one"'}
         if found:
-            shift = 7 if behaviour == "shifted" else 0
             size = len(body) + (1000 if behaviour == "grown" else 0)
-            headers["Content-Range"] = f"bytes {first + shift}-{last + shift}/{size}"
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         if behaviour == "other":
             headers["ETag"] = '"two"'
         if behaviour == "gzip":

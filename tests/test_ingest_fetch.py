@@ -190,8 +190,6 @@ HOSTILE = {
     "cut": Cause.NETWORK,
     "silent": Cause.NETWORK,
     "too-long": Cause.NETWORK,
-    "too-short": Cause.NETWORK,
-    "grown": Cause.NETWORK,
     "empty": Cause.NETWORK,
     "loop": Cause.EXTRACTOR,
 }
@@ -205,6 +203,13 @@ def test_a_hostile_server_has_its_cause(tmp_path: Path, behaviour: str) -> None:
         tried_again = {"500", "cut", "silent", "too-long"}
         if behaviour in tried_again:
             assert len(site.asked) == 3, "the look, the download, and once more"
+
+
+def test_a_length_that_is_too_short_shows_when_it_is_cut(tmp_path: Path) -> None:
+    with served({"a.mp4": clapper(tmp_path / "good.mp4").read_bytes()}, "too-short") as site:
+        ((_, outcome),) = transcode(whole(site.address + "/a.mp4", tmp_path), [_request(0.0, 2.0)], SMALL)
+    assert isinstance(outcome, IngestFailure)
+    assert outcome.cause is Cause.UNDECODABLE
 
 
 def test_a_connection_that_breaks_off_once_is_taken_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import yt_dlp
 from hostile import Site, served
 from test_ingest_media import clapper, ffmpeg
 
-from cmacc.ingest import Cause, ClipRequest, FetchOptions, IngestFailure, fetch, fetched, ranges, transcode
+from cmacc.ingest import Cause, ClipRequest, FetchOptions, IngestFailure, Media, fetch, fetched, ranges, transcode
 from cmacc.ingest.ranges import Meter, RangedFile, RangesRefused
+from cmacc.ingest.source import File, open_source
 from cmacc.shards.clip import Clip
 from cmacc.shards.profile import profile
 
@@ -90,7 +92,9 @@ def test_cookies_and_headers_go_with_it(tmp_path: Path, downloader: yt_dlp.Youtu
         assert sent == [{"X-Who": "me", "Accept-Encoding": "identity", "Range": f"bytes=0-{BLOCK - 1}"}]
 
 
-@pytest.mark.parametrize("behaviour", ["whole", "shifted", "too-long", "too-short", "gzip", "html", "empty", "endless", "416"])
+@pytest.mark.parametrize(
+    "behaviour", ["whole", "late", "short", "too-long", "too-short", "gzip", "html", "empty", "endless", "416"]
+)
 def test_what_cannot_be_trusted_from_the_start_is_refused(downloader: yt_dlp.YoutubeDL, tmp_path: Path, behaviour: str) -> None:
     with served({"a": BODY}, behaviour) as site, pytest.raises(RangesRefused):
         opened(site, downloader, tmp_path)
@@ -99,7 +103,8 @@ def test_what_cannot_be_trusted_from_the_start_is_refused(downloader: yt_dlp.You
 
 
 @pytest.mark.parametrize(
-    "behaviour", ["shifted", "grown", "other", "too-long", "too-short", "gzip", "html", "empty", "endless", "416", "cut", "500"]
+    "behaviour",
+    ["late", "short", "grown", "other", "too-long", "too-short", "gzip", "html", "empty", "endless", "416", "cut", "500"],
 )
 def test_a_file_that_changes_is_a_network_failure(downloader: yt_dlp.YoutubeDL, tmp_path: Path, behaviour: str) -> None:
     with served({"a": BODY}, behaviour, polite=2) as site, opened(site, downloader, tmp_path) as file:
@@ -210,7 +215,7 @@ def test_ranges_can_be_forbidden_and_are_not_for_every_container(long: dict[str,
             assert media.picture.read_bytes() == data
 
 
-@pytest.mark.parametrize("behaviour", ["whole", "shifted"])
+@pytest.mark.parametrize("behaviour", ["whole", "late"])
 def test_where_ranges_are_refused_the_whole_file_comes(long: dict[str, Path], tmp_path: Path, behaviour: str) -> None:
     data = long["first"].read_bytes()
     wanted = [(30.0, 33.0)]
@@ -226,7 +231,7 @@ FAILS = {
     "500": Cause.NETWORK,
     "silent": Cause.NETWORK,
     "cut": Cause.NETWORK,
-    "shifted": Cause.NETWORK,
+    "late": Cause.NETWORK,
     "html": Cause.NETWORK,
 }
 
@@ -242,6 +247,33 @@ def test_a_failure_comes_through_ffmpeg_as_what_it_is(long: dict[str, Path], tmp
     assert isinstance(outcome, IngestFailure)
     assert outcome.cause is FAILS[behaviour]
     assert outcome is media.picture.failure
+
+
+def test_no_packet_is_given_away_of_which_a_part_is_missing(long: dict[str, Path]) -> None:
+    data = long["first"].read_bytes()
+
+    class Failing(io.BytesIO):
+        def __init__(self, ends: int) -> None:
+            super().__init__(data)
+            self.ends = ends
+
+        def read(self, count: int | None = -1) -> bytes:
+            if self.tell() >= self.ends:
+                raise IngestFailure(Cause.RATE_LIMITED, "enough")
+            return super().read(count)
+
+    def sizes(file: File) -> Iterator[int]:
+        with open_source(Media(file)) as source:
+            yield from (packet.size for _, packet in source._packets())
+
+    whole = list(sizes(long["first"]))
+    for ends in (200_000, 500_001, 700_002):
+        given: list[int] = []
+        with pytest.raises(IngestFailure, match="rate-limited: enough"):
+            for size in sizes(Failing(ends)):
+                given.append(size)
+        assert 10 < len(given) < len(whole)
+        assert given == whole[: len(given)]
 
 
 def test_a_full_disk_ends_the_run_from_within_ffmpeg(
