@@ -96,7 +96,8 @@ def merge_parts(home: Path, plan: Plan, ledger: Ledger, but_of: int = 1) -> None
                 else:
                     writer.adopt(folder / name)
             shutil.rmtree(folder)
-    _state(home).unlink(missing_ok=True)
+    for path in (_state(home), _state(home).with_suffix(".token")):
+        path.unlink(missing_ok=True)
     if not any((home / "parts").iterdir()):
         (home / "parts").rmdir()
 
@@ -185,9 +186,8 @@ def _state(home: Path) -> Path:
 
 def _token(home: Path) -> str:
     """One word for as long as the parts exist: a server remembers idempotency keys for ever."""
-    path = home / "parts" / "token"
+    path = _state(home).with_suffix(".token")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, os.urandom(8).hex().encode())
     return path.read_text()
 

@@ -27,6 +27,7 @@ class Tell(Protocol):
 def progress(what: str, total: int, done: int = 0) -> Iterator[Tell]:
     """Gives `tell(done, note, total)`. what: lower case and dashes, it names the artifact too. total, done: in the same unit."""
     console = Console(stderr=True)
+    began, first = time.monotonic(), done
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     artifact = _artifact(what, total, done)
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
@@ -35,18 +36,30 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Tell]:
 
         def tell(done: int, note: str = "", total: int | None = total) -> None:
             nonlocal told
-            bar.update(row, completed=done, note=note, total=total)
+            rate = (done - first) / max(time.monotonic() - began, 1e-3)
+            bar.update(row, completed=done, note=f"{rate:.3g}/s  {note}", total=total)
             if done < (total or 0) and time.monotonic() - told < _EVERY_S:
                 return
             told = time.monotonic()
+            left = f", {in_time(((total or done) - done) / rate)} left" if rate and done < (total or 0) else ""
+            line = f"{done} of {total}, {rate:.3g}/s{left}  {note}"
             if not console.is_terminal:
-                log.info("%s: %d of %d  %s", what, done, total, note)
+                log.info("%s: %s", what, line)
             if artifact is not None:
                 # A server that is briefly away must not stop the work.
                 with suppress(Exception):
-                    update_progress_artifact(artifact, progress=100.0 * done / max(total or 0, 1))
+                    update_progress_artifact(artifact, progress=100.0 * done / max(total or 0, 1), description=line)
 
         yield tell
+
+
+def in_time(seconds: float) -> str:
+    """`3.0 min`, `5.2 h`, `278 days`."""
+    for size, name in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:.0f} {name}" if value >= 10 else f"{value:.1f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def under_prefect() -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmacc.flows.plan import Plan
+from cmacc.flows.progress import in_time
 from cmacc.ingest import Ledger, Pace, Totals
 from cmacc.ingest.causes import HOUR_S
 
@@ -81,15 +82,6 @@ def _cost(everything: Totals, recent: Totals, prices: Prices) -> str:
     traffic = 1000 * everything.fetched / everything.done / 1e9 * prices.gb_in
     storage = 1000 * everything.bytes / everything.done / 1e9 * prices.gb_month
     return f"{machine + traffic:.4g} once (machine {machine:.4g}, traffic {traffic:.4g}), {storage:.4g} a month of storage"
-
-
-def in_time(seconds: float) -> str:
-    """`3 min`, `5.2 h`, `278 days`."""
-    for size, name in ((86_400, "days"), (HOUR_S, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            value = seconds / size
-            return f"{value:.0f} {name}" if value >= 10 else f"{value:.1f} {name}"
-    return f"{seconds:.0f} s"
 
 
 def _bytes(n: int) -> str:

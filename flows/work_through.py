@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -159,11 +160,10 @@ class _Room:
 def _tree_bytes(folder: Path) -> int:
     """Blocks in use, for a file that is filled by ranges is larger than what it holds."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except FileNotFoundError:
-            continue
+    for inner, _, names in os.walk(folder):  # unlike rglob, it bears folders that vanish under it
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(inner, name).lstat().st_blocks * 512
     return total
 
 

@@ -16,7 +16,8 @@ import pytest
 import webdataset
 
 from cmacc.flows.ingest import ingest
-from cmacc.flows.status import forecast, in_time, status
+from cmacc.flows.progress import in_time
+from cmacc.flows.status import forecast, status
 from cmacc.ingest import Cause, IngestFailure, Ledger, Pace, Totals
 from cmacc.ingest.world import World, WorldConfig, render_world, serve
 from cmacc.shards.dataset import Dataset
