@@ -83,7 +83,7 @@ def ingest_video(video: SourceVideo, config: IngestConfig, staging: Path) -> lis
     except Exception as error:
         failure = error if isinstance(error, IngestFailure) else _unforeseen(error)
         if failure.cause.stops:
-            raise failure from error
+            raise IngestFailure(failure.cause, f"no room is left on the disk of {staging}; free some") from error
         outcomes = [Outcome(request.key, video.source, failure.cause, failure.detail) for request in video.requests]
     n = max(len(outcomes), 1)
     seconds, downloaded = round((time.monotonic() - begun) / n, 3), (media.bytes if media else 0) // n

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +28,7 @@ PARTS = 4096
 """Source videos are dealt to so many parts by a hash of their id; a worker takes a range of them."""
 
 _ROWS_AT_ONCE = 2000
+_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Ledger:
 
     where: a path (SQLite) or a database's URL (`postgresql://user@host/name`). A clip is pending, done (staged; `shard`
     names where it lies once it is in one), failed (with its cause, and the time of another attempt if its cause has one) or
-    a bad row. Raises ValueError, one sentence, when there is no such database.
+    a bad row. Raises ValueError, one sentence, when there is no such database, OSError when its disk is full.
     """
 
     def __init__(self, where: Path | str) -> None:
@@ -89,6 +93,7 @@ class Ledger:
         self.engine = sa.create_engine(url, pool_size=4, max_overflow=64, connect_args={"timeout": 60} if self.sqlite else {})
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _prepare)
+            sa.event.listen(self.engine, "handle_error", self._no_room)
         try:
             with self._writing() as db:
                 sql.TABLES.create_all(db)
@@ -342,6 +347,15 @@ class Ledger:
     def _reading(self) -> Iterator[sa.Connection]:
         with self.engine.connect() as db:
             yield db
+
+    def _no_room(self, context: sa.engine.ExceptionContext) -> None:
+        """Raises OSError (ENOSPC) where SQLite says in its own ways that the disk is full."""
+        name = getattr(context.original_exception, "sqlite_errorname", "")
+        full = name == "SQLITE_FULL" or (
+            name.startswith("SQLITE_IOERR") and shutil.disk_usage(Path(self.where).parent).free < _FULL_BYTES
+        )
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.where)) from context.original_exception
 
     def close(self) -> None:
         self.engine.dispose()
