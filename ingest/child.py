@@ -21,6 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from av.error import FFmpegError
+
 from cmacc.ingest.causes import Cause, IngestFailure, failure_from
 from cmacc.ingest.config import IngestConfig
 from cmacc.ingest.fetch import fetched
@@ -109,7 +111,8 @@ def _unforeseen(error: Exception) -> IngestFailure:
     if isinstance(error, MemoryError):
         return IngestFailure(Cause.UNDECODABLE, "it needs more memory than memory_mb allows")
     log.error("unforeseen error", exc_info=error)
-    return IngestFailure(Cause.CRASH, f"{type(error).__name__}: {error}")
+    # what FFmpeg refuses is the file's doing, wherever it is met
+    return IngestFailure(Cause.UNDECODABLE if isinstance(error, FFmpegError) else Cause.CRASH, f"{type(error).__name__}: {error}")
 
 
 def _die_with(parent: int) -> None:
