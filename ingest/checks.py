@@ -28,7 +28,8 @@ class Checks:
     measured. `off`: not even measured, but for loudness and motion, which every clip has. Near duplicates are known only
     among all the clips of a data set: here each gets its fingerprint, and who has all of them decides.
 
-    silence_db: dBFS below which a clip is silent. still_motion: mean luma change a frame (0..255) below which it is still.
+    silence_db: dBFS below which a clip is silent. still_motion: mean luma change a frame (0..255) below which it is still: an
+    encoded still has 0.02, the least of moving recordings 0.14.
     desync_s, desync_trust: a clip is out of sync when its sound is known, with at least this trust (0..1), to be at least so many
     seconds early or late. near_picture_bits, near_sound_bits: of 192 and 64 bits of fingerprint, those that may differ between
     near duplicates.
@@ -39,7 +40,7 @@ class Checks:
     desync: Use = "column"
     near_duplicate: Use = "column"
     silence_db: float = -70.0
-    still_motion: float = 0.02
+    still_motion: float = 0.05
     desync_s: float = 0.2
     desync_trust: float = 0.4
     near_picture_bits: int = PICTURE_BITS

@@ -69,7 +69,7 @@ class Limits:
                 pictures += 1
                 self._refuse(pictures, self.max_frames, "frames to decode")
                 self._refuse(moment.frame.width * moment.frame.height, self.max_pixels, "pixels in a frame")
-                self._refuse(float(moment.time_s), self.max_video_s, "seconds")
+                self._refuse(moment.at, self.max_video_s, "seconds")
             elif isinstance(moment, Samples):
                 self._refuse(moment.first / rate, self.max_video_s, "seconds")
             yield moment
@@ -93,11 +93,12 @@ class Cut:
         self.end_s = start_s + Fraction(self.n_frames, profile.fps)
         rate = sound_rate(profile)
         self.first_sample = round(start_s * rate)
-        self.sound = np.zeros(round(Fraction(self.n_frames, profile.fps) * rate), np.float32)
-        self.heard = np.zeros(len(self.sound), bool)
+        self.n_samples = round(Fraction(self.n_frames, profile.fps) * rate)
+        self.sound, self.heard = np.zeros(0, np.float32), np.zeros(0, bool)  # of full length from the first sample on
         self.held: Picture | None = None
-        self.shown_s = start_s  # how far the pictures reach
-        self.holes: list[tuple[Fraction, Fraction]] = []  # without a picture for longer than the slack
+        self.start, self.end = float(start_s), float(self.end_s)
+        self.shown = self.start  # how far the pictures reach, seconds
+        self.holes: list[tuple[float, float]] = []  # without a picture for longer than the slack
         self.sound_done = False
         self.trouble: dict[bool, Trouble] = {}
         self.writer = VideoWriter(path, aspect, profile, looks(self.n_frames))
@@ -129,27 +130,39 @@ class Cut:
 
     def _hear(self, samples: Samples) -> None:
         at = samples.first - self.first_sample
-        begin, end = max(at, 0), min(at + len(samples.data), len(self.sound))
+        begin, end = max(at, 0), min(at + len(samples.data), self.n_samples)
         if begin < end:
+            if not len(self.sound):
+                self.sound, self.heard = np.zeros(self.n_samples, np.float32), np.zeros(self.n_samples, bool)
             self.sound[begin:end] = samples.data[begin - at : end - at]
             self.heard[begin:end] = True
-        self.sound_done |= at + len(samples.data) >= len(self.sound)
+        self.sound_done |= at + len(samples.data) >= self.n_samples
 
     def _see(self, picture: Picture) -> None:
-        missing = min(picture.time_s, self.end_s) - max(self.shown_s, self.start_s)
+        missing = min(picture.at, self.end) - max(self.shown, self.start)
         if self.held is None and missing > self.limits.slack_s:
-            raise self._short(True, f"has no picture in the first {float(missing):.2f} s of the clip")
+            raise self._short(True, f"has no picture in the first {missing:.2f} s of the clip")
         if missing > self.limits.slack_s:
-            self.holes.append((self.shown_s, picture.time_s))
-        self.shown_s = picture.time_s + picture.duration_s
-        # each instant of the grid shows the picture nearest to it, but none appears more than half a frame early
-        early_s = Fraction(1, 2 * self.profile.fps)
-        if self.held is not None:
-            early_s = min(early_s, (picture.time_s - self.held.time_s) / 2)
-        slot = math.ceil((picture.time_s - early_s - self.start_s) * self.profile.fps)
+            self.holes.append((self.shown, picture.at))
+        self.shown = picture.at + picture.duration_s
+        slot = self._slot(picture.time_s, self.held.time_s if self.held else None)
         if slot > 0:
             self._show((self.held or picture).frame, min(slot, self.n_frames))
         self.held = picture
+
+    def _slot(self, time_s: Fraction, before_s: Fraction | None) -> int:
+        """The first frame that shows a picture of time_s, which follows one of before_s.
+
+        Each instant of the grid shows the picture nearest to it, but none appears more than half a frame early. In whole
+        numbers: ceil((time_s - early_s - start_s) * fps) with early_s = min(1 / (2 fps), (time_s - before_s) / 2).
+        """
+        fps, (n, d), (start_n, start_d) = self.profile.fps, time_s.as_integer_ratio(), self.start_s.as_integer_ratio()
+        slot = -(-(2 * fps * (n * start_d - start_n * d) - d * start_d) // (2 * d * start_d))
+        if before_s is None:
+            return slot
+        n0, d0 = before_s.as_integer_ratio()
+        middle = (n * d0 + n0 * d) * start_d - 2 * start_n * d * d0
+        return max(slot, -(-fps * middle // (2 * d * d0 * start_d)))
 
     def _show(self, frame: VideoFrame, until: int) -> None:
         self.writer.write(frame, until - self.writer.n_frames)
@@ -166,14 +179,17 @@ class Cut:
             self.abandon()
 
     def abandon(self) -> None:
+        """Let go of everything: a long source video has thousands of clips."""
         self.writer.abandon()
+        self.held = None
+        self.sound, self.heard = np.zeros(0, np.float32), np.zeros(0, bool)
 
     def _check_picture(self) -> None:
         if self.held is None:
             raise self._short(True, "has no picture in the interval")
-        shown_s = max(self.shown_s, self.held.time_s + Fraction(1, self.profile.fps))
-        if (missing := self.end_s - shown_s) > self.limits.slack_s:
-            raise self._short(True, f"has no picture in the last {float(missing):.2f} s of the clip")
+        shown = max(self.shown, self.held.at + 1 / self.profile.fps)
+        if (missing := self.end - shown) > self.limits.slack_s:
+            raise self._short(True, f"has no picture in the last {missing:.2f} s of the clip")
         if self.holes and True in self.trouble:
             raise self._short(True, "")
 
@@ -188,9 +204,7 @@ class Cut:
         for begin_s, end_s in self.holes:
             begin, end = (max(round(at_s * rate) - self.first_sample, 0) for at_s in (begin_s, end_s))
             if np.count_nonzero(~self.heard[begin:end]) / rate > self.limits.slack_s:
-                raise IngestFailure(
-                    Cause.UNDECODABLE, f"the source video has a hole at {float(begin_s):.2f} s, in picture and sound"
-                )
+                raise IngestFailure(Cause.UNDECODABLE, f"the source video has a hole at {begin_s:.2f} s, in picture and sound")
         # a picture that stays and sound that pauses are no fault where everything decodes
         if np.diff(at).max(initial=0) / rate > self.limits.slack_s and False in self.trouble:
             raise self._short(False, "")

@@ -146,14 +146,19 @@ class VideoWriter:
     def close(self) -> bytes:
         """The finished file."""
         self.container.mux(self.stream.encode(None))
-        self.container.close()
+        self._let_go()
         return self.path.read_bytes()
 
     def abandon(self) -> None:
         """Leave no file, whether it is finished or not."""
+        self._let_go()
+        self.path.unlink(missing_ok=True)
+
+    def _let_go(self) -> None:
+        """Of the encoder, which holds 11 MB for as long as anything refers to it, and of pictures."""
         if self.container is not None:
             self.container.close()
-        self.path.unlink(missing_ok=True)
+        self.container = self.stream = self.luma = None
 
 
 def _video_codec(profile: Profile) -> tuple[str, dict[str, str]]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import heapq
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import av
 import numpy as np
+from av.audio.fifo import AudioFifo
 from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
@@ -35,16 +36,20 @@ _ATTACHED_PICTURE = 0x400
 _PLAYLISTS = {"hls", "dash", "concat", "imf"}
 _CLOCKLESS = {"avi"}  # packets carry a frame number, which names neither a time of sound nor the order of display
 _EXACT_SEEK = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-_JITTER_S = Fraction(3, 100)
+_JITTER_S = 0.03
+_BLOCK = 16_384  # samples resampled at once
 _STRAGGLERS = 17  # after damage a decoder lets go of 16 older frames at most; more in a row, and the clock itself went back
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A decoded frame, on display from time_s (seconds from the origin of the file) for duration_s (0 when unknown)."""
+class Picture(NamedTuple):
+    """A decoded frame, on display from time_s (seconds from the origin of the file) for duration_s (0 when unknown).
+
+    at: time_s, for comparisons that may be off by a rounding error; exact arithmetic costs more than scaling a small frame.
+    """
 
     time_s: Fraction
-    duration_s: Fraction
+    at: float
+    duration_s: float
     frame: VideoFrame
 
 
@@ -129,17 +134,22 @@ class _Opened:
         except FFmpegError as error:
             log.debug("no seek in %s: %s", self.name, error)
 
-    def packets(self, *streams: Any) -> Iterator[tuple[Fraction, Packet]]:
+    def timed(self, *streams: Any) -> Iterator[tuple[float, Packet]]:
         """Packets as they lie in the file, each with its seconds from the origin, or those of the one before it."""
-        at_s = Fraction(0)
+        at = 0.0
+        for packet in self.packets(*streams):
+            if packet.dts is not None and packet.time_base is not None:
+                at = float(packet.dts * packet.time_base - self.origin)
+            yield at, packet
+
+    def packets(self, *streams: Any) -> Iterator[Packet]:
+        """Packets as they lie in the file."""
         try:
             for packet in self.container.demux(*streams):
                 self.check()
                 if packet.has_sidedata("encryption_info"):
                     raise IngestFailure(Cause.ENCRYPTED, "the file is encrypted")
-                if packet.dts is not None and packet.time_base is not None:
-                    at_s = packet.dts * packet.time_base - self.origin
-                yield at_s, packet
+                yield packet
         except FFmpegError as error:
             log.debug("%s ends early: %s", self.name, error)
         self.check()
@@ -196,10 +206,11 @@ class Source:
     def _packets(self) -> Iterator[tuple[bool, Packet]]:
         """Whether it is of the picture, and the packet; of two files by time, of one as they lie there."""
         if self.sound is self.picture:
-            timed = self.picture.packets(self.video, self.audio)
+            packets: Iterable[Packet] = self.picture.packets(self.video, self.audio)
         else:
-            timed = heapq.merge(self.picture.packets(self.video), self.sound.packets(self.audio), key=itemgetter(0))
-        for _, packet in timed:
+            both = heapq.merge(self.picture.timed(self.video), self.sound.timed(self.audio), key=itemgetter(0))
+            packets = (packet for _, packet in both)
+        for packet in packets:
             # not packet.stream_index: a packet that flushes a decoder has 0 there, whichever stream it is of
             yield packet.stream.type == "video", packet
 
@@ -262,17 +273,17 @@ class _Pictures:
             yield Trouble(True, Cause.UNDECODABLE, f"the picture does not decode: {_says(error)}")
             return
         for frame in frames:
-            stamp = frame.dts if self.file.clockless or frame.pts is None else frame.pts
-            if stamp is None or frame.time_base is None:
+            stamp, unit = frame.dts if self.file.clockless or frame.pts is None else frame.pts, frame.time_base
+            if stamp is None or unit is None:
                 continue
-            time_s = stamp * frame.time_base - self.file.origin
+            time_s = stamp * unit - self.file.origin if self.file.origin else stamp * unit
             if self.last is not None and time_s <= self.last:
                 self.late += 1
                 if self.late < _STRAGGLERS:
                     continue
                 yield Trouble(True, Cause.DESYNC, f"the picture's clock jumps back by {float(self.last - time_s):.1f} s")
             self.last, self.late = time_s, 0
-            yield Picture(time_s, (frame.duration or 0) * frame.time_base, frame)
+            yield Picture(time_s, float(time_s), (frame.duration or 0) * unit.numerator / unit.denominator, frame)
 
 
 class _Sounds:
@@ -282,8 +293,10 @@ class _Sounds:
         self.file = file
         self.rate = rate
         self.resampler: AudioResampler | None = None
+        self.block = AudioFifo()  # what waits to be resampled: a call for each small frame would cost more than the work
         self.shape: tuple[Any, ...] = ()
-        self.next_s: Fraction | None = None  # where the next decoded sample belongs
+        self.begun_s: Fraction | None = None  # where this stretch of sound begins
+        self.taken = 0  # samples of it so far, at its own rate
         self.next_out = 0  # number of the next resampled one
         self.unplaced: list[AudioFrame] = []
 
@@ -299,47 +312,66 @@ class _Sounds:
 
     def _place(self, frame: AudioFrame) -> Iterator[Samples | Trouble]:
         stamp = self._stamp(frame)
-        if self.next_s is None:
+        if self.begun_s is None:
             self.unplaced.append(frame)
             if stamp is None:
                 return  # some containers stamp only every few frames: the first stamp places those before it
             frames, self.unplaced = self.unplaced, []
-            self.next_s = stamp - sum(Fraction(f.samples, f.sample_rate) for f in frames[:-1])
+            self.begun_s = stamp - sum(Fraction(f.samples, f.sample_rate) for f in frames[:-1])
             for each in frames:
-                yield from self._resample(each)
+                yield from self._take(each)
             return
-        if stamp is not None and abs(stamp - self.next_s) > _JITTER_S:
-            if self.next_s - stamp > 1:
-                yield Trouble(False, Cause.DESYNC, f"the sound's clock jumps back by {float(self.next_s - stamp):.1f} s")
-            yield from self.flush()
-            self.next_s = stamp
-        yield from self._resample(frame)
+        if stamp is not None and self.shape:
+            ahead_s = float(stamp) - float(self.begun_s) - self.taken / self.shape[2]
+            if abs(ahead_s) > _JITTER_S:
+                if ahead_s < -1:
+                    yield Trouble(False, Cause.DESYNC, f"the sound's clock jumps back by {-ahead_s:.1f} s")
+                yield from self._begin(stamp)
+        yield from self._take(frame)
 
     def _stamp(self, frame: AudioFrame) -> Fraction | None:
-        if frame.pts is None or frame.time_base is None or (self.file.clockless and self.next_s is not None):
+        if frame.pts is None or frame.time_base is None or (self.file.clockless and self.begun_s is not None):
             return None
-        return frame.pts * frame.time_base - self.file.origin
+        stamp = frame.pts * frame.time_base
+        return stamp - self.file.origin if self.file.origin else stamp
 
-    def _resample(self, frame: AudioFrame) -> Iterator[Samples]:
-        assert self.next_s is not None
+    def _take(self, frame: AudioFrame) -> Iterator[Samples]:
+        assert self.begun_s is not None
         shape = (frame.format.name, frame.layout.name, frame.sample_rate)
         if shape != self.shape:
-            yield from self.flush()
+            if self.shape:
+                yield from self._begin(self.begun_s + Fraction(self.taken, self.shape[2]))
             self.shape = shape
+        self.taken += frame.samples
+        frame.pts = None
+        self.block.write(frame)
+        if self.block.samples >= _BLOCK:
+            yield from self._resample()
+
+    def _begin(self, at_s: Fraction) -> Iterator[Samples]:
+        """End this stretch of sound; another begins at at_s."""
+        yield from self.flush()
+        self.begun_s, self.taken = at_s, 0
+
+    def _resample(self) -> Iterator[Samples]:
+        assert self.begun_s is not None
         if self.resampler is None:
             # without it, floating-point sound is summed up to 3 dB louder than its channels
             options = {"rematrix_maxval": "1.0"}
             self.resampler = AudioResampler(format="fltp", layout="mono", rate=self.rate, options=options)
-            self.next_out = round(self.next_s * self.rate)
-        self.next_s += Fraction(frame.samples, frame.sample_rate)
-        frame.pts = None
-        yield from self._number(self.resampler.resample(frame))
+            self.next_out = round(self.begun_s * self.rate)
+        frame = self.block.read()
+        if frame is not None:
+            frame.pts = None
+            yield from self._number(self.resampler.resample(frame))
 
     def flush(self) -> Iterator[Samples]:
-        """End this stretch of sound; the next frame begins another."""
+        """Give what is still held of this stretch."""
+        if self.block.samples:
+            yield from self._resample()
         if self.resampler is not None:
             yield from self._number(self.resampler.resample(None))
-            self.resampler = None
+        self.resampler, self.block = None, AudioFifo()
 
     def _number(self, frames: Sequence[AudioFrame | None]) -> Iterator[Samples]:
         for frame in frames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
@@ -56,7 +57,7 @@ def transcode(
         yield from failures
         for run in _runs(cuts):
             rate = sound_rate(profile)
-            yield from _cut_run(run, limits.bounded(_moments(media, run[0].start_s, rate, limits.decoder_threads), rate))
+            yield from _cut_run(run, limits.bounded(_moments(media, run[0].start_s, rate, limits.decoder_threads), rate), rate)
 
 
 def _plan(
@@ -98,27 +99,45 @@ def _runs(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:
         yield run
 
 
-def _cut_run(run: list[Cut], moments: Iterator[Moment]) -> Iterator[Outcome]:
-    waiting = list(run)
+def _cut_run(run: list[Cut], moments: Iterator[Moment], rate: int) -> Iterator[Outcome]:
+    later, active = deque(run), list[Cut]()
+    last: Picture | None = None
+    troubles: list[Trouble] = []
     try:
         for moment in moments:
-            for cut in list(waiting):
+            # a clip begins to listen a second early; what came before it may still be on display, or have gone wrong
+            while later and not isinstance(moment, Trouble) and _at(moment, rate) >= later[0].start - 1:
+                active.append(later.popleft())
+                for earlier in (last, *troubles):
+                    if earlier is not None and (outcome := _step(active[-1], earlier)) is not None:
+                        yield active.pop().request, outcome
+                        break
+            if isinstance(moment, Picture):
+                last = moment
+            elif isinstance(moment, Trouble):
+                troubles.append(moment)
+            for cut in list(active):
                 outcome = _step(cut, moment)
                 if outcome is not None:
-                    waiting.remove(cut)
+                    active.remove(cut)
                     yield cut.request, outcome
-            if not waiting:
+            if not active and not later:
                 return
-        while waiting:
-            cut = waiting.pop(0)
+        for cut in chain(active, later):
             yield cut.request, _guarded(cut.finish)
+        active.clear()
+        later.clear()
     except IngestFailure as failure:
         if failure.cause.stops:
             raise
-        yield from ((cut.request, failure) for cut in waiting)
+        yield from ((cut.request, failure) for cut in chain(active, later))
     finally:
-        for cut in waiting:
+        for cut in chain(active, later):
             cut.abandon()
+
+
+def _at(moment: Picture | Samples, rate: int) -> float:
+    return moment.at if isinstance(moment, Picture) else moment.first / rate
 
 
 def _step(cut: Cut, moment: Moment) -> Clip | IngestFailure | None:

@@ -50,7 +50,7 @@ def test_a_check_filters_or_tells_or_is_off(tmp_path: Path) -> None:
     assert cause(silent) is Cause.SILENT and cause(still) is Cause.STILL
     for use in ("column", "off"):
         assert clip(silent, checks=Checks(silent=use)).facts.loudness_db == -120
-        assert clip(still, checks=Checks(still=use)).facts.motion < 0.02
+        assert clip(still, checks=Checks(still=use)).facts.motion < 0.05
     late = clapper(tmp_path / "late.mkv", seconds=6, claps=CLAPS, sound_delay_s=0.32)
     facts = clip(late, 0.4, 5.8).facts
     assert facts.av_offset_s == pytest.approx(0.32, abs=1 / FPS) and facts.av_trust > 0.5 and len(facts.fingerprint) == 64

@@ -62,6 +62,8 @@ def clapper(
             video.codec_context.gop_size = gop
             video.codec_context.time_base = Fraction(1, fps) if video_codec in ("mpeg4", "mpeg2video") else Fraction(1, 1000)
             video.codec_context.thread_count = 1
+            if video_codec == "libx264":
+                video.options = {"x264-params": "mbtree=0"}  # which reads memory it never wrote: other bytes now and then
         if sound:
             audio = out.add_stream(audio_codec, rate=rate, layout=channels)
             audio.codec_context.thread_count = 1
