@@ -242,17 +242,18 @@ def status(
     price_hour: Annotated[float, typer.Option(help="Of an hour of the machine.")] = 0.0,
     price_gb_in: Annotated[float, typer.Option(help="Of a GB downloaded.")] = 0.0,
     price_gb_month: Annotated[float, typer.Option(help="Of a GB stored for a month.")] = 0.0,
+    rows: Annotated[Path | None, typer.Option(help="Also write every row with its state, cause and detail, CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where an ingest stands: done, pending, failed by cause, speed, bytes, time left, cost of 1,000 clips."""
     from cmacc.flows.status import Prices
     from cmacc.flows.status import status as read
 
-    rows = read(data, ledger, Prices(price_hour, price_gb_in, price_gb_month))
+    lines = read(data, ledger, Prices(price_hour, price_gb_in, price_gb_month), rows)
     if as_json:
-        print(json.dumps({name.strip(): text for name, text in rows.items()}, indent=2))
+        print(json.dumps({name.strip(): text for name, text in lines.items()}, indent=2))
     else:
-        _table(data, rows)
+        _table(data, lines)
 
 
 @app.command(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cmacc.flows.plan import Plan
 from cmacc.flows.progress import in_time
@@ -69,12 +71,29 @@ def status_rows(ledger: Ledger, pace: Pace, prices: Prices = Prices(), now: floa
     return rows
 
 
-def status(data: str, ledger: str = "", prices: Prices = Prices()) -> dict[str, str]:
-    """The rows of the ingest into the folder `data`. Raises ValueError when there was none."""
+def status(data: str, ledger: str = "", prices: Prices = Prices(), rows: Path | None = None) -> dict[str, str]:
+    """The lines for the ingest into the folder `data`. rows: a CSV file for every row of the ledger.
+
+    Raises ValueError when nothing was ingested there.
+    """
     home = Path(data)
     plan = Plan.load(home)
     with Ledger(ledger) if ledger else plan.open_ledger(home) as book:
+        if rows:
+            _write_rows(book, rows)
         return status_rows(book, plan.config.pace, prices)
+
+
+def _write_rows(ledger: Ledger, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer: Any = None
+        for row in ledger.rows():
+            if writer is None:
+                writer = csv.DictWriter(file, row.keys())
+                writer.writeheader()
+            writer.writerow(row)
+    part.replace(path)
 
 
 def _cost(everything: Totals, recent: Totals, prices: Prices) -> str:

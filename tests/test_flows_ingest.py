@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import signal
@@ -271,7 +272,11 @@ def test_temporary_files_stay_within_their_room(world: World, tmp_path: Path) ->
 
 def test_status_tells_where_it_stands(cmacc, world: World, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     whole(cmacc, world, tmp_path / "data")
-    said = cmacc("status", tmp_path / "data", "--price-hour", 2, "--json").stdout
+    said = cmacc("status", tmp_path / "data", "--price-hour", 2, "--rows", tmp_path / "rows.csv", "--json").stdout
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["key"] for row in rows} == set(Dataset.open(tmp_path / "data").keys)
+    assert {row["state"] for row in rows} == {"done"}
     found = json.loads(said)
     assert (found["rows"], found["done"], found["pending"], found["failed"]) == ("30", "30", "0", "0")
     assert float(found["cost of 1,000 clips"].split()[0]) > 0
