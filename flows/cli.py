@@ -175,8 +175,8 @@ def ingest(
         typer.Option(help="Of each site; 0: no limit. Left out: 300 for YouTube, no limit elsewhere.", rich_help_panel=_SITES),
     ] = None,
     when_parked: Annotated[
-        str, typer.Option(help="After a rate limit or bot check: wait an hour and go on, or stop.", rich_help_panel=_SITES)
-    ] = "wait",
+        str, typer.Option(help="When all that is left is at a site that has had enough: stop, or wait.", rich_help_panel=_SITES)
+    ] = "stop",
     cookies: Annotated[str, typer.Option(help="Netscape cookie file for the download.", rich_help_panel=_SITES)] = "",
     proxy: Annotated[str, typer.Option(help="Proxy for the download.", rich_help_panel=_SITES)] = "",
     retry: Annotated[

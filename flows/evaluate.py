@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
-
 from cmacc.flows.progress import table
+from cmacc.flows.tracked import tracked
 from cmacc.shards.dataset import Dataset
 from cmacc.train.loader import LoaderConfig
 from cmacc.train.probe import linear_probe, read_labelled_sounds, sound_features
@@ -16,7 +15,7 @@ from cmacc.train.retrieval import embed, held_out_rows, retrieval
 from cmacc.train.trained import load_trained
 
 
-@flow(name="evaluate")
+@tracked("evaluate")
 def evaluate(
     model: str,
     data: str | None = None,

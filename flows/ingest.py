@@ -8,13 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import flow
-
 from cmacc.flows.part import do_part
 from cmacc.flows.parts import ingest_parts, merge_parts
 from cmacc.flows.plan import Plan
 from cmacc.flows.progress import progress, table
 from cmacc.flows.status import status_rows
+from cmacc.flows.tracked import tracked
 from cmacc.flows.work_through import Hands
 from cmacc.ingest import Cause, ClipRequest, IngestConfig, IngestFailure, Ledger, Manifest, read_manifest
 from cmacc.ingest.captions import Captions
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 MOST_WORKERS = 64
 
 
-@flow(name="ingest", log_prints=False)
+@tracked("ingest")
 def ingest(
     manifests: list[str],
     out: str,
@@ -48,7 +47,7 @@ def ingest(
     workers: int = 2,
     retry: list[str] | None = None,
     videos_per_hour: float | None = None,
-    when_parked: Literal["wait", "stop"] = "wait",
+    when_parked: Literal["stop", "wait"] = "stop",
     cookies: str = "",
     proxy: str = "",
     opt_out: str = "",
@@ -65,10 +64,11 @@ def ingest(
     YouTube id, with `{id}` in it. label_column: of a table, if none is named label. captions: HowTo100M's JSON; segment_s:
     seconds of the clips that a captioned video is cut into. short_side, fps, gop, audio, audio_rate: changes to the profile.
     retry: causes whose failures are tried again now. videos_per_hour: of each site, by all workers together; left out, what
-    YouTube lets a guest have. when_parked: wait for a site that has had enough, or stop. opt_out: a list of what is never
-    taken. allow_private: addresses of this machine and of private networks too. timeout_s: for one source video. ledger: URL of
-    a PostgreSQL database, the data set's own file by default. parts: so many flow runs on a work pool share the work. dask:
-    address of a Dask scheduler that does it. options: any other field of `IngestConfig` by dotted name.
+    YouTube lets a guest have. when_parked: stop when all that is left is at a site that has had enough, or wait for it.
+    opt_out: a list of what is never taken. allow_private: addresses of this machine and of private networks too. timeout_s:
+    for one source video. ledger: URL of a PostgreSQL database, the data set's own file by default. parts: so many flow runs on
+    a work pool share the work, and wait for parked sites. dask: address of a Dask scheduler that does it. options: any other
+    field of `IngestConfig` by dotted name.
 
     Raises ValueError, DatasetError or IngestFailure with one sentence when the whole job cannot go on.
     """
@@ -91,7 +91,7 @@ def ingest(
             # the template is the operator's own word, wherever it leads
             "fetch.allow_private": allow_private or bool(url_template),
             "pace.videos_per_hour": videos_per_hour,
-            "pace.when_parked": when_parked,
+            "pace.when_parked": "wait" if parts > 1 else when_parked,
             **(options or {}),
         },
     )
@@ -120,7 +120,10 @@ def ingest(
     summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
                "pending": counts.pending, "causes": counts.causes}  # fmt: skip
     if stop:
-        raise IngestFailure(stop.cause, f"{stop.detail}; {counts.done} clips are done and safe, the same command goes on later")
+        hint = " (--when-parked wait does so by itself)" if stop.cause.parks else ""
+        raise IngestFailure(
+            stop.cause, f"{stop.detail}; {counts.done} clips are done and safe, the same command goes on later{hint}"
+        )
     if not counts.done:
         raise ValueError(f"no clip of {', '.join(manifests)} could be had ({in_words(counts.causes)}); nothing was written")
     log.info("%s: %d clips; %s", home, len(Dataset.open(home)), in_words(counts.causes))

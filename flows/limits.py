@@ -9,18 +9,11 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalC
 from prefect.concurrency.sync import rate_limit
 from prefect.exceptions import ObjectNotFound
 
-from cmacc.flows.progress import under_prefect
 from cmacc.ingest import Pace
 from cmacc.ingest.causes import HOUR_S
-from cmacc.ingest.gate import Turn
 
 
-def turns(pace: Pace) -> Turn | None:
-    """Who shares out the turns: the server that tracks this run, or None (the ledger) when there is none."""
-    return _Limits(pace) if under_prefect() else None
-
-
-class _Limits:
+class Limits:
     """A global concurrency limit a site, `cmacc-HOST`, whose one slot comes free again at the site's rate."""
 
     def __init__(self, pace: Pace) -> None:

@@ -15,14 +15,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.states import Crashed
-
-from cmacc.flows.deployments import resolve
 from cmacc.flows.part import do_part
 from cmacc.flows.plan import Plan
 from cmacc.flows.progress import Tell, progress
+from cmacc.flows.tracked import tracked
 from cmacc.ingest import IngestFailure, Ledger, Part
 from cmacc.shards.dataset import META, Dataset
 from cmacc.shards.publish import publish
@@ -36,7 +32,7 @@ _BEAT_S = 2.0
 _TRIES = 3  # of a part that fails without getting anything done
 
 
-@flow(name=FLOW, log_prints=False)
+@tracked(FLOW)
 def ingest_part(out: str, number: int, of: int) -> dict[str, Any]:
     """Do part `number` of `of` of the ingest into `out`, as its plan says: a data set of its own in `out`/parts.
 
@@ -61,6 +57,10 @@ def ingest_parts(home: Path, plan: Plan, ledger: Ledger, of: int, tell: Tell) ->
     """
     if not os.environ.get("PREFECT_API_URL"):
         raise ValueError("parts need a Prefect server and its workers; set PREFECT_API_URL, or leave --parts away")
+    from prefect.client.orchestration import get_client
+
+    from cmacc.flows.deployments import resolve
+
     home = home.resolve()
     before, _ = ledger.count_todo()
     with get_client(sync_client=True) as client:
@@ -129,7 +129,7 @@ class _Run:
 class _Runs:
     """The parts' flow runs; kept in a file, so that a coordinator that comes back finds them."""
 
-    def __init__(self, home: Path, of: int, client: SyncPrefectClient, deployment: UUID, lost_after_s: float) -> None:
+    def __init__(self, home: Path, of: int, client: Any, deployment: UUID, lost_after_s: float) -> None:
         self.home, self.of, self.client, self.deployment, self.lost_after_s = home, of, client, deployment, lost_after_s
         saved = json.loads(_state(home).read_bytes()) if _state(home).exists() else {}
         self.runs = {number: _Run(**saved.get(f"{number}/{of}", {})) for number in range(of)}
@@ -149,6 +149,8 @@ class _Runs:
                 and _silent_s(_folder(self.home, part), found.start_time) > self.lost_after_s
             ):
                 log.warning("part %d of %d: its worker is lost; beginning it again", number, self.of)
+                from prefect.states import Crashed
+
                 self.client.set_flow_run_state(found.id, Crashed(message="no sign of life from its worker"), force=True)
                 self._start(number, ledger)
             return False

@@ -6,9 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
-
 from cmacc.flows.progress import progress, table
+from cmacc.flows.tracked import tracked
 from cmacc.train.config import change, recipe
 from cmacc.train.picture import draw_run
 from cmacc.train.pretrain import final_numbers
@@ -17,7 +16,7 @@ from cmacc.train.pretrain import pretrain as train_loop
 log = logging.getLogger(__name__)
 
 
-@flow(name="pretrain")
+@tracked("pretrain")
 def pretrain(data: str, out: str, recipe_name: str = "small", options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Pretrain on the data set `data` in the folder `out`.
 

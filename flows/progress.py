@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
-from prefect.context import FlowRunContext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cmacc.flows.tracked import under_prefect
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Tell]:
             if artifact is not None:
                 # A server that is briefly away must not stop the work.
                 with suppress(Exception):
+                    from prefect.artifacts import update_progress_artifact
+
                     update_progress_artifact(artifact, progress=100.0 * done / max(total or 0, 1), description=line)
 
         yield tell
@@ -62,14 +64,11 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def under_prefect() -> bool:
-    """Whether a flow run is being tracked. The `cmacc` command calls the flows' plain functions when there is no server."""
-    return FlowRunContext.get() is not None
-
-
 def table(key: str, rows: list[dict[str, Any]]) -> None:
     """Prefect's table artifact, where there is a flow run to show it."""
     if under_prefect():
+        from prefect.artifacts import create_table_artifact
+
         create_table_artifact(key=key, table=rows)
 
 
@@ -77,6 +76,8 @@ def _artifact(what: str, total: int, done: int) -> UUID | None:
     if not under_prefect():
         return None
     with suppress(Exception):
+        from prefect.artifacts import create_progress_artifact
+
         found = create_progress_artifact(progress=100.0 * done / max(total, 1), key=f"{what}-progress", description=what)
         return found if isinstance(found, UUID) else None
     return None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from prefect import flow
-
 from cmacc.flows.progress import progress, table
+from cmacc.flows.tracked import tracked
 from cmacc.shards.reshard import reshard as copy_clips
 
 
-@flow(name="reshard")
+@tracked("reshard")
 def reshard(
     sources: list[str],
     out: str,

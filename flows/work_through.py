@@ -14,15 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
-
-from cmacc.flows.limits import turns
 from cmacc.flows.pack import Packer
-from cmacc.flows.progress import Tell, under_prefect
-from cmacc.ingest import Cause, Checks, Crew, Gate, IngestConfig, IngestFailure, Ledger, Outcome, SourceVideo
+from cmacc.flows.progress import Tell
+from cmacc.flows.tracked import under_prefect
+from cmacc.ingest import Cause, Checks, Crew, Gate, IngestConfig, IngestFailure, Ledger, Outcome, Pace, SourceVideo
 from cmacc.ingest.fingerprint import Near
+from cmacc.ingest.gate import Turn
 from cmacc.shards.writer import DatasetWriter
 
 log = logging.getLogger(__name__)
@@ -42,7 +39,7 @@ class Shop:
     @contextmanager
     def crew(self) -> Iterator[Crew]:
         with Ledger(self.ledger) as ledger:
-            gate = Gate(ledger, self.config.pace, turns(self.config.pace))
+            gate = Gate(ledger, self.config.pace, _turns(self.config.pace))
             with Crew(self.config, self.staging, gate) as crew:
                 yield crew
 
@@ -54,12 +51,11 @@ class Worked(NamedTuple):
     stop: IngestFailure | None
 
 
-@task(task_run_name="videos {first}", cache_policy=NO_CACHE)
 def work_on(first: int, videos: Sequence[SourceVideo], shop: Shop | Crew) -> Worked:
     """Fetch and cut a group of source videos. first: number of the first of them, for the run's name."""
     if isinstance(shop, Shop):
         with shop.crew() as crew:
-            return work_on.fn(first, videos, crew)
+            return work_on(first, videos, crew)
     outcomes: list[Outcome] = []
     try:
         for outcome in shop.work(videos):
@@ -185,7 +181,7 @@ def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room
                         f"{shop.staging} holds more than scratch_gb allows ({room.bytes / 1e9:g} GB); give it more",
                     )
                 job = {"first": group[0].number, "videos": group, "shop": tools}
-                waiting.append(pool.submit(work_on, job) if under_prefect() else pool.submit(work_on.fn, **job))
+                waiting.append(pool.submit(_task(), job) if under_prefect() else pool.submit(work_on, **job))
             while waiting:
                 yield waiting.popleft().result()
         finally:
@@ -211,4 +207,24 @@ def _pool(hands: Hands) -> Any:
         from prefect_dask import DaskTaskRunner
 
         return DaskTaskRunner(address=hands.dask)
-    return ThreadPoolTaskRunner(max_workers=hands.workers) if under_prefect() else ThreadPoolExecutor(hands.workers)
+    if under_prefect():
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        return ThreadPoolTaskRunner(max_workers=hands.workers)
+    return ThreadPoolExecutor(hands.workers)
+
+
+def _task() -> Any:
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    return task(task_run_name="videos {first}", cache_policy=NO_CACHE)(work_on)
+
+
+def _turns(pace: Pace) -> Turn | None:
+    """Who shares out a site's turns: the server that tracks this run, or None (the ledger) when there is none."""
+    if not under_prefect():
+        return None
+    from cmacc.flows.limits import Limits
+
+    return Limits(pace)

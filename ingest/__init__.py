@@ -5,19 +5,24 @@ videos as a `Gate` admits them, `read_staged` gives the finished clips; `fetched
 on one video. `IngestConfig` holds every option.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cmacc.ingest.causes import Cause, IngestFailure
 from cmacc.ingest.checks import Checks
 from cmacc.ingest.config import IngestConfig
 from cmacc.ingest.cut import Limits
 from cmacc.ingest.fetch import FetchOptions, fetched
 from cmacc.ingest.gate import Gate, Pace
-from cmacc.ingest.ledger import Counts, Ledger, Part, Totals
 from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest, read_manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
 from cmacc.ingest.source import Media
 from cmacc.ingest.staging import read_staged, staged_path
 from cmacc.ingest.transcode import transcode
 from cmacc.ingest.work import Crew
+
+if TYPE_CHECKING:
+    from cmacc.ingest.ledger import Counts, Ledger, Part, Totals
 
 __all__ = [
     "BadRow",
@@ -45,3 +50,10 @@ __all__ = [
     "staged_path",
     "transcode",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The ledger when it is asked for: a child process, which never does, would load a database's library with it."""
+    if name in ("Counts", "Ledger", "Part", "Totals"):
+        return getattr(import_module("cmacc.ingest.ledger"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

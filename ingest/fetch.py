@@ -109,11 +109,15 @@ class _Download:
         self.address, self.spans, self.scratch, self.options, self.stack = address, spans, scratch, options, stack
         self.meter = Meter(options.rate_limit, options.max_bytes)
         parameters = _parameters(scratch, options) | {"progress_hooks": [_counts_in(self.meter)]}
-        self.ydl: YoutubeDL = stack.enter_context(yt_dlp.YoutubeDL(parameters))
+        self.extractor = _extractor(address)
+        # of plain media the one extractor is enough: setting up all of them takes as long as a small download
+        self.ydl: YoutubeDL = stack.enter_context(yt_dlp.YoutubeDL(parameters, auto_init=self.extractor != "Generic"))
+        if self.extractor == "Generic":
+            self.ydl.add_info_extractor(yt_dlp.extractor.get_info_extractor("Generic")())
 
     def files(self) -> list[File]:
         """The file that holds everything, or one of the picture and one of the sound."""
-        info = self.ydl.extract_info(self.address, download=False, ie_key=_extractor(self.address))
+        info = self.ydl.extract_info(self.address, download=False, ie_key=self.extractor)
         _check(self.address, info)
         formats = info.get("requested_formats") or [info]
         if not all(map(_is_direct, formats)):

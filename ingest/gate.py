@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cmacc.ingest.causes import HOUR_S
-from cmacc.ingest.ledger import Ledger
 from cmacc.ingest.outcome import Outcome, SourceVideo
+
+if TYPE_CHECKING:
+    from cmacc.ingest.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,14 @@ class Pace:
 
     videos_per_hour: 0 without limit; left out, 300 for YouTube (a guest session's) and no limit elsewhere.
     jitter: each gap is longer by a random part, up to this share of it, so that requests keep no beat.
-    park_s: how long a site that answered with a rate limit or a bot check is left alone. when_parked: `wait` for it, or
-    `stop` the run when nothing else is left to do.
+    park_s: how long a site that answered with a rate limit or a bot check is left alone. when_parked: `stop` the run when
+    nothing else is left to do, or `wait` for it.
     """
 
     videos_per_hour: float | None = None
     jitter: float = 0.3
     park_s: float = HOUR_S
-    when_parked: Literal["wait", "stop"] = "wait"
+    when_parked: Literal["stop", "wait"] = "stop"
 
     def __post_init__(self) -> None:
         for name in ("videos_per_hour", "jitter", "park_s"):

@@ -389,14 +389,17 @@ def _says(error: sa.exc.DBAPIError) -> str:
 
 
 def host_of(address: str) -> str:
-    """Lower-case host of an address, without `www.`; `` for a local path."""
+    """Lower-case host of an address, without `www.`, with its port if it has a rare one; `` for a local path."""
     if "://" not in address:
         return ""
     try:
-        host = urlsplit(address).hostname or ""
+        parts = urlsplit(address)
+        host, port = (parts.hostname or "").removeprefix("www."), parts.port
     except ValueError:
         return ""
-    return "youtube.com" if host in ("youtu.be", "m.youtube.com") else host.removeprefix("www.")
+    if host in ("youtu.be", "m.youtube.com"):
+        return "youtube.com"
+    return host if port in (None, 80, 443) else f"{host}:{port}"
 
 
 def _place(request: ClipRequest) -> dict[str, Any]:

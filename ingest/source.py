@@ -335,7 +335,7 @@ class _Sounds:
         stamp = frame.pts * frame.time_base
         return stamp - self.file.origin if self.file.origin else stamp
 
-    def _take(self, frame: AudioFrame) -> Iterator[Samples]:
+    def _take(self, frame: AudioFrame) -> Iterator[Samples | Trouble]:
         assert self.begun_s is not None
         shape = (frame.format.name, frame.layout.name, frame.sample_rate)
         if shape != self.shape:
@@ -348,12 +348,12 @@ class _Sounds:
         if self.block.samples >= _BLOCK:
             yield from self._resample()
 
-    def _begin(self, at_s: Fraction) -> Iterator[Samples]:
+    def _begin(self, at_s: Fraction) -> Iterator[Samples | Trouble]:
         """End this stretch of sound; another begins at at_s."""
         yield from self.flush()
         self.begun_s, self.taken = at_s, 0
 
-    def _resample(self) -> Iterator[Samples]:
+    def _resample(self) -> Iterator[Samples | Trouble]:
         assert self.begun_s is not None
         if self.resampler is None:
             # without it, floating-point sound is summed up to 3 dB louder than its channels
@@ -361,11 +361,17 @@ class _Sounds:
             self.resampler = AudioResampler(format="fltp", layout="mono", rate=self.rate, options=options)
             self.next_out = round(self.begun_s * self.rate)
         frame = self.block.read()
-        if frame is not None:
-            frame.pts = None
+        if frame is None:
+            return
+        frame.pts = None
+        try:
             yield from self._number(self.resampler.resample(frame))
+        except (FFmpegError, ValueError) as error:
+            # damage made channels of it that nobody can mix: this much is lost, what follows has its place
+            self.resampler, self.begun_s, self.taken = None, self.begun_s + Fraction(self.taken, self.shape[2]), 0
+            yield Trouble(False, Cause.UNDECODABLE, f"the sound cannot be mixed to one channel: {_says(error)}")
 
-    def flush(self) -> Iterator[Samples]:
+    def flush(self) -> Iterator[Samples | Trouble]:
         """Give what is still held of this stretch."""
         if self.block.samples:
             yield from self._resample()

@@ -103,15 +103,19 @@ def _cut_run(run: list[Cut], moments: Iterator[Moment], rate: int) -> Iterator[O
     later, active = deque(run), list[Cut]()
     last: Picture | None = None
     troubles: list[Trouble] = []
+
+    def begin() -> Iterator[Outcome]:
+        """The next clip listens from now on; what came before it may still be on display, or have gone wrong."""
+        active.append(later.popleft())
+        for earlier in (last, *troubles):
+            if earlier is not None and (outcome := _step(active[-1], earlier)) is not None:
+                yield active.pop().request, outcome
+                return
+
     try:
         for moment in moments:
-            # a clip begins to listen a second early; what came before it may still be on display, or have gone wrong
             while later and not isinstance(moment, Trouble) and _at(moment, rate) >= later[0].start - 1:
-                active.append(later.popleft())
-                for earlier in (last, *troubles):
-                    if earlier is not None and (outcome := _step(active[-1], earlier)) is not None:
-                        yield active.pop().request, outcome
-                        break
+                yield from begin()
             if isinstance(moment, Picture):
                 last = moment
             elif isinstance(moment, Trouble):
@@ -123,10 +127,11 @@ def _cut_run(run: list[Cut], moments: Iterator[Moment], rate: int) -> Iterator[O
                     yield cut.request, outcome
             if not active and not later:
                 return
-        for cut in chain(active, later):
+        while later:
+            yield from begin()
+        while active:
+            cut = active.pop(0)
             yield cut.request, _guarded(cut.finish)
-        active.clear()
-        later.clear()
     except IngestFailure as failure:
         if failure.cause.stops:
             raise

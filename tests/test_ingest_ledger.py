@@ -209,9 +209,16 @@ def test_turns_at_a_host_are_a_gap_apart_whoever_takes_them(where: Path | str, l
 def test_hosts_of_addresses() -> None:
     found = [
         host_of(a)
-        for a in ("/data/a.mp4", "https://WWW.youtube.com/watch?v=x", "https://youtu.be/x", "http://h:81/a", "http://[")
+        for a in (
+            "/data/a.mp4",
+            "https://WWW.youtube.com/watch?v=x",
+            "https://youtu.be/x",
+            "http://h:81/a",
+            "https://h:443/a",
+            "http://[",
+        )
     ]
-    assert found == ["", "youtube.com", "youtube.com", "h", ""]
+    assert found == ["", "youtube.com", "youtube.com", "h:81", "h", ""]
 
 
 def test_a_ledger_that_cannot_be_opened_is_one_sentence() -> None:
