@@ -24,11 +24,14 @@ check: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A process for each core; a file's tests stay together, for they share what is costly to set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: check
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: .venv/.ready
 	$(BIN)/python infra/bench/bench.py
