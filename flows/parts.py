@@ -70,7 +70,9 @@ def ingest_parts(home: Path, plan: Plan, ledger: Ledger, of: int, tell: Tell) ->
             number for number in range(of) if ledger.count_todo(Part(number, of))[0] or _folder(home, Part(number, of)).exists()
         }
         while waiting := {number for number in waiting if not runs.done(number, ledger)}:
-            tell(before - ledger.count_todo()[0], f"{len(waiting)} of {of} parts at work")
+            idle = len(waiting - runs.running)
+            note = f", {idle} wait for a worker" if idle else ""
+            tell(before - ledger.count_todo()[0], f"{len(waiting & runs.running)} of {of} parts at work{note}")
             time.sleep(_LOOK_EVERY_S)
     merge_parts(home, plan, ledger)
     tell(before - ledger.count_todo()[0], "parts put together")
@@ -133,6 +135,7 @@ class _Runs:
         self.home, self.of, self.client, self.deployment, self.lost_after_s = home, of, client, deployment, lost_after_s
         saved = json.loads(_state(home).read_bytes()) if _state(home).exists() else {}
         self.runs = {number: _Run(**saved.get(f"{number}/{of}", {})) for number in range(of)}
+        self.running: set[int] = set()
 
     def done(self, number: int, ledger: Ledger) -> bool:
         """Whether this part is through; starts its flow run, or another if that one was lost."""
@@ -142,6 +145,7 @@ class _Runs:
             return False
         found = self.client.read_flow_run(UUID(run.id))
         state = found.state
+        (self.running.add if state is not None and state.is_running() else self.running.discard)(number)
         if state is None or not state.is_final():
             if (
                 state is not None

@@ -24,6 +24,7 @@ from cmacc.shards.writer import DatasetWriter
 
 log = logging.getLogger(__name__)
 
+_GROUP_S = 60.0
 VIDEOS_A_TASK = 32
 """A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
 
@@ -172,7 +173,7 @@ def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room
     with shop.crew() as crew, _pool(hands) as pool:
         tools: Shop | Crew = shop if hands.dask else crew
         try:
-            for group in _groups(videos, hands.workers):
+            for group in _groups(videos, hands.workers, shop.config.pace):
                 while waiting and (len(waiting) >= 2 * hands.workers or not room.left()):
                     yield waiting.popleft().result()
                 if not room.left() and not room.make():
@@ -192,11 +193,16 @@ def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room
             crew.stop()
 
 
-def _groups(videos: Iterator[SourceVideo], workers: int) -> Iterator[list[SourceVideo]]:
-    """Groups for tasks: as large as they may be, but few videos make small ones, so that every worker has some."""
+def _groups(videos: Iterator[SourceVideo], workers: int, pace: Pace) -> Iterator[list[SourceVideo]]:
+    """Groups for tasks: as large as they may be, but few videos make small ones, so that every worker has some.
+
+    Where a site's budget sets the pace, a group is a minute's worth, so that one sees it go on.
+    """
     ahead = list(islice(videos, 4 * workers * VIDEOS_A_TASK))
-    size = max(1, min(VIDEOS_A_TASK, -(-len(ahead) // (4 * workers))))
+    most = max(1, min(VIDEOS_A_TASK, -(-len(ahead) // (4 * workers))))
     while ahead:
+        gap_s = pace.gap_s(ahead[0].host)
+        size = max(1, min(most, round(_GROUP_S / gap_s))) if gap_s else most
         group, ahead = ahead[:size], ahead[size:]
         ahead += islice(videos, size - len(ahead)) if len(ahead) < size else []
         yield group
