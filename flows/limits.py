@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.concurrency.sync import rate_limit
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from cmacc.ingest import Pace
 from cmacc.ingest.causes import HOUR_S
@@ -34,9 +35,10 @@ def _ensure(name: str, per_second: float) -> None:
         try:
             there = client.read_global_concurrency_limit_by_name(name)
         except ObjectNotFound:
-            client.create_global_concurrency_limit(
-                GlobalConcurrencyLimitCreate(name=name, limit=1, active=True, slot_decay_per_second=per_second)
-            )
+            with suppress(ObjectAlreadyExists):  # another worker was quicker
+                client.create_global_concurrency_limit(
+                    GlobalConcurrencyLimitCreate(name=name, limit=1, active=True, slot_decay_per_second=per_second)
+                )
         else:
             if there.slot_decay_per_second != per_second:
                 client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(slot_decay_per_second=per_second))
