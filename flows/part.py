@@ -11,6 +11,9 @@ from cmacc.flows.work_through import work_through
 from cmacc.ingest import IngestFailure, Ledger, Part
 from cmacc.shards.writer import DatasetWriter
 
+SHARD_CLIPS = 500
+"""Small clips make shards smaller than asked: what a shard holds in memory until it is closed would grow with them."""
+
 
 def do_part(
     home: Path,
@@ -30,6 +33,7 @@ def do_part(
         folder,
         plan.config.profile,
         shard_bytes=plan.shard_mb << 20,
+        shard_clips=SHARD_CLIPS,
         provenance={"ingest": plan.made_by},
         on_commit=packer.committed,
     ) as writer:

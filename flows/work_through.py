@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from cmacc.shards.writer import DatasetWriter
 log = logging.getLogger(__name__)
 
 _GROUP_S = 60.0
+CLIPS_A_TASK = 64
 VIDEOS_A_TASK = 32
 """A task is a group of source videos, some seconds of work at the least: Prefect spends up to 20 ms and 20 KB on each."""
 
@@ -85,10 +85,12 @@ def work_through(
     done = failed = 0
     while True:
         closed = ledger.closed_hosts()
-        videos = ledger.todo(packer.part, closed=closed)
-        with closing(
-            _worked(videos, Shop(config, packer.staging, ledger.where), hands, _Room(packer, writer, config))
-        ) as working:
+        videos, (_, n_videos) = ledger.todo(packer.part, closed=closed), ledger.count_todo(packer.part)
+        # few videos make small groups, so that every worker has some
+        most = max(1, min(VIDEOS_A_TASK, -(-n_videos // (4 * hands.workers))))
+        groups = _groups(videos, most, config.pace)
+        shop, room = Shop(config, packer.staging, ledger.where), _Room(packer, writer, config)
+        with closing(_worked(groups, shop, hands, room)) as working:
             for outcomes, stop in working:
                 outcomes = twins.marked(outcomes)
                 ledger.record(outcomes)
@@ -164,7 +166,7 @@ def _tree_bytes(folder: Path) -> int:
     return total
 
 
-def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room) -> Generator[Worked, None, None]:
+def _worked(groups: Iterable[Sequence[SourceVideo]], shop: Shop, hands: Hands, room: _Room) -> Generator[Worked, None, None]:
     """Group by group, in the order of the manifests, so that shards do not depend on who is done first.
 
     Closing the generator, or an error in it, kills the children and drops the groups that wait.
@@ -173,7 +175,7 @@ def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room
     with shop.crew() as crew, _pool(hands) as pool:
         tools: Shop | Crew = shop if hands.dask else crew
         try:
-            for group in _groups(videos, hands.workers, shop.config.pace):
+            for group in groups:
                 while waiting and (len(waiting) >= 2 * hands.workers or not room.left()):
                     yield waiting.popleft().result()
                 if not room.left() and not room.make():
@@ -193,18 +195,20 @@ def _worked(videos: Iterator[SourceVideo], shop: Shop, hands: Hands, room: _Room
             crew.stop()
 
 
-def _groups(videos: Iterator[SourceVideo], workers: int, pace: Pace) -> Iterator[list[SourceVideo]]:
-    """Groups for tasks: as large as they may be, but few videos make small ones, so that every worker has some.
+def _groups(videos: Iterable[SourceVideo], most: int, pace: Pace) -> Iterator[list[SourceVideo]]:
+    """Groups for tasks: at most so many videos, fewer where they have many clips.
 
     Where a site's budget sets the pace, a group is a minute's worth, so that one sees it go on.
     """
-    ahead = list(islice(videos, 4 * workers * VIDEOS_A_TASK))
-    most = max(1, min(VIDEOS_A_TASK, -(-len(ahead) // (4 * workers))))
-    while ahead:
-        gap_s = pace.gap_s(ahead[0].host)
-        size = max(1, min(most, round(_GROUP_S / gap_s))) if gap_s else most
-        group, ahead = ahead[:size], ahead[size:]
-        ahead += islice(videos, size - len(ahead)) if len(ahead) < size else []
+    group: list[SourceVideo] = []
+    for video in videos:
+        group.append(video)
+        gap_s = pace.gap_s(group[0].host)
+        full = min(most, max(1, round(_GROUP_S / gap_s))) if gap_s else most
+        if len(group) >= full or sum(len(v.requests) for v in group) >= CLIPS_A_TASK:
+            yield group
+            group = []
+    if group:
         yield group
 
 

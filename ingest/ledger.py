@@ -165,7 +165,7 @@ class Ledger:
 
         closed: hosts of which nothing is wanted. now: Unix time, by which a failed clip must be due.
         """
-        where = part.bounds | {"now": time.time() if now is None else now, "closed": list(closed), "n": 64, "after": 0}
+        where = part.bounds | {"now": time.time() if now is None else now, "closed": list(closed), "n": 16, "after": 0}
         ids = sa.text(sql.TODO_IDS).bindparams(sa.bindparam("closed", expanding=True, type_=sa.Text))
         rows = sa.text(sql.TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
         while True:

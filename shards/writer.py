@@ -37,6 +37,7 @@ class DatasetWriter:
 
     profile: how the clips are encoded; a data set has one.
     shard_bytes: a shard is closed before it would grow past this; a single larger clip has a shard to itself.
+    shard_clips: nor has it more clips than this (default: any number); what is held in memory grows with them.
     provenance: JSON kept in dataset.json; on continuing, new entries join those there.
     members: extensions of each clip, `json` last (default: the profile's).
     on_commit: called with a shard's name and keys once dataset.json names it; should a kill come between, `keys` has them.
@@ -50,6 +51,7 @@ class DatasetWriter:
         profile: Profile,
         *,
         shard_bytes: int = 256 * 2**20,
+        shard_clips: int | None = None,
         provenance: dict[str, Any] | None = None,
         members: Sequence[str] | None = None,
         on_commit: Callable[[str, list[str]], None] | None = None,
@@ -59,7 +61,7 @@ class DatasetWriter:
         if shard_bytes < 1:
             raise DatasetError(f"shard_bytes is {shard_bytes}; give 1 or more")
         self.path = Path(path)
-        self.shard_bytes = shard_bytes
+        self.shard_bytes, self.shard_clips = shard_bytes, shard_clips
         self.members = tuple(members or profile.members)
         self._on_commit = on_commit
         self._shard: _OpenShard | None = None
@@ -89,7 +91,9 @@ class DatasetWriter:
             sample = {**{m: clip.members[m] for m in self.members[:-1]}, "json": facts_to_json(clip.facts)}
         except ValueError as e:
             raise DatasetError(f"the facts of clip {clip.key} cannot be written ({e}); every number must be finite") from e
-        if self._shard and tar_bytes(self._shard.offset, sample.values()) > self.shard_bytes:
+        if self._shard and (
+            tar_bytes(self._shard.offset, sample.values()) > self.shard_bytes or len(self._shard.facts) == self.shard_clips
+        ):
             self.cut()
         with self._or_discard():
             if self._shard is None:
