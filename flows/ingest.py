@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,9 @@ def ingest(
             **(options or {}),
         },
     )
+    if not config.fetch.max_bytes:
+        # a download that is larger than its share of the room on the disk is ended before it fills it
+        config = replace(config, fetch=replace(config.fetch, max_bytes=int(config.scratch_gb * 1e9 / workers)))
     said = Captions(Path(captions)) if captions else None
     lists = [_read(text, manifest_format, url_template, label_column, said, segment_s, allow_private) for text in manifests]
     home = Path(out)
