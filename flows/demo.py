@@ -50,6 +50,7 @@ def demo(out: Path, config: WorldConfig, options: dict[str, Any], say: Say) -> d
 
 
 def summary(out: Path, found: dict[str, Any], numbers: dict[str, Any], seconds: float) -> str:
+    """What the demo made and how good it is, for the terminal. found: scores of retrieval; numbers: of the pretraining."""
     lines = [
         f"[bold]done in {seconds:.0f} s[/bold]; everything is in {out}:",
         f"    data set     {out / 'data'}",

@@ -16,7 +16,7 @@ from cmacc.flows.progress import progress, table
 from cmacc.flows.status import status_rows
 from cmacc.flows.tracked import tracked
 from cmacc.flows.work_through import Hands
-from cmacc.ingest import Cause, ClipRequest, IngestConfig, IngestFailure, Ledger, Manifest, read_manifest
+from cmacc.ingest import Cause, ClipRequest, Counts, IngestConfig, IngestFailure, Ledger, Manifest, read_manifest
 from cmacc.ingest.captions import Captions
 from cmacc.ingest.manifest import Format
 from cmacc.ingest.optout import OptOut
@@ -118,22 +118,24 @@ def ingest(
         log.info("%s: %d rows, %d clips there, %d clips of %d source videos to do", home, counts.rows, counts.done, clips, videos)
         with progress("ingest", total=clips) as tell:
             stop = ingest_parts(home, plan, book, parts, tell) if parts > 1 else do_part(home, home, plan, book, tell)
-        counts = book.counts()
         table("ingest-counts", [{"what": name, "is": text} for name, text in status_rows(book, config.pace).items()])
-        due = book.next_due()
-    summary = {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
-               "pending": counts.pending, "causes": counts.causes}  # fmt: skip
+        counts, due = book.counts(), book.next_due()
+    _conclude(home, manifests, counts, stop)
+    if due is not None:
+        log.info("some failures may mend themselves: the same command takes them up from %s on", time.ctime(due))
+    return {"rows": counts.rows, "done": counts.done, "failed": counts.failed, "bad_rows": counts.bad_rows,
+            "pending": counts.pending, "causes": counts.causes}  # fmt: skip
+
+
+def _conclude(home: Path, manifests: list[str], counts: Counts, stop: IngestFailure | None) -> None:
+    """Say what came of it. Raises what the flow raises."""
     if stop:
         hint = " (--when-parked wait does so by itself)" if stop.cause.parks else ""
-        raise IngestFailure(
-            stop.cause, f"{stop.detail}; {counts.done} clips are done and safe, the same command goes on later{hint}"
-        )
+        safe = f"{counts.done} clips are done and safe, the same command goes on later{hint}"
+        raise IngestFailure(stop.cause, f"{stop.detail}; {safe}")
     if not counts.done:
         raise ValueError(f"no clip of {', '.join(manifests)} could be had ({in_words(counts.causes)}); nothing was written")
     log.info("%s: %d clips; %s", home, len(Dataset.open(home)), in_words(counts.causes))
-    if due is not None:
-        log.info("some failures may mend themselves: the same command takes them up from %s on", time.ctime(due))
-    return summary
 
 
 def _read(

@@ -40,6 +40,7 @@ class Shaper:
         return (self.height, self.width) if self.turns % 2 else (self.width, self.height)
 
     def shape(self, frame: VideoFrame) -> VideoFrame:
+        """The frame upright, of `size`, 8-bit 4:2:0 (full range for MJPEG)."""
         full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
         shaped = self.reformatter.reformat(
             frame,

@@ -167,11 +167,11 @@ class Ledger:
         """
         where = part.bounds | {"now": time.time() if now is None else now, "closed": list(closed), "n": 16, "after": 0}
         ids = sa.text(sql.TODO_IDS).bindparams(sa.bindparam("closed", expanding=True, type_=sa.Text))
-        rows = sa.text(sql.TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
+        clips = sa.text(sql.TODO).bindparams(sa.bindparam("ids", expanding=True, type_=sa.BigInteger))
         while True:
             with self._reading() as db:
                 found = list(db.execute(ids, where).scalars())
-                videos = db.execute(rows, {**where, "ids": found}).mappings().all() if found else []
+                videos = db.execute(clips, {**where, "ids": found}).mappings().all() if found else []
             if not found:
                 return
             where["after"] = found[-1]

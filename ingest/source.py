@@ -267,6 +267,7 @@ class _Pictures:
         self.late = 0
 
     def feed(self, packet: Packet) -> Iterator[Picture | Trouble]:
+        """What a packet lets the decoder give: pictures, or why it does not decode."""
         try:
             frames: list[VideoFrame] = packet.decode()
         except (FFmpegError, ValueError) as error:
