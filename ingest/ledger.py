@@ -33,7 +33,7 @@ _FULL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows by state and failed rows by cause; `rows` is the sum over the states. waiting: of the failed, those due again."""
+    """Rows by state and failed rows by cause; `rows` is the sum over the states."""
 
     pending: int = 0
     done: int = 0
