@@ -12,21 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
-from cmacc.flows import settings
-
-app = typer.Typer(
-    name="cmacc",
-    help="From a list of YouTube clips to a pretrained audio-visual encoder.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+from cmacc.flows import (
+    cli_data,  # noqa: F401  its commands join the app
+    settings,
 )
-out_console, err_console = Console(), Console(stderr=True)
+from cmacc.flows.console import app, call_flow, err_console, escape, out_console, parse_options, print_table
+
 _LISTS, _CLIPS, _SITES, _WORK = "What the lists mean", "What a clip is", "How sites are treated", "How the work is done"
 
 
@@ -52,7 +45,7 @@ def main() -> None:
     except Exception as error:
         if not _is_refusal(error):
             raise
-        err_console.print(f"[red]cmacc:[/red] {_escape(_sentence(error))}", soft_wrap=True, highlight=False)
+        err_console.print(f"[red]cmacc:[/red] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
 
 
@@ -74,25 +67,6 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, FloatingPointError, IngestFailure, DatasetError)):
         return True
     return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
-
-
-def _call(flow: Any, *arguments: Any, tracked: bool = False, **options: Any) -> Any:
-    """Run a flow: tracked by the server that PREFECT_API_URL names, or as the plain function it is, with no server at all.
-
-    tracked: it needs one, so that a temporary server is started if need be.
-    """
-    return (flow if tracked or os.environ.get("PREFECT_API_URL") else flow.fn)(*arguments, **options)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _table(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    out_console.print(table)
 
 
 @app.command(
@@ -118,7 +92,7 @@ def sample_world(
     config = WorldConfig(clips=clips, eval_clips=eval_clips, clip_s=clip_s, imbalance=imbalance, seed=seed)
     with progress("sample-world", total=0) as tell:
         world = render_world(out, config, workers, on_progress=lambda done, files: tell(done, "files", files))
-    _table(
+    print_table(
         "sample world",
         {"files": world.files, "clips": world.clips, "training list": world.train_manifest, "held-out list": world.eval_manifest},
     )
@@ -226,10 +200,10 @@ def ingest(
         "ledger": ledger,
         "parts": parts,
         "dask": dask,
-        "options": _options(options),
+        "options": parse_options(options),
     }
-    counts = _call(flow, manifests, str(out), tracked=bool(dask), **arguments)
-    _table(
+    counts = call_flow(flow, manifests, str(out), tracked=bool(dask), **arguments)
+    print_table(
         f"ingest: {out}",
         {**{k: v for k, v in counts.items() if k != "causes"}, **{f"failed: {k}": v for k, v in counts["causes"].items()}},
     )
@@ -253,80 +227,7 @@ def status(
     if as_json:
         print(json.dumps({name.strip(): text for name, text in lines.items()}, indent=2))
     else:
-        _table(data, lines)
-
-
-@app.command(
-    epilog="Example: [bold]cmacc reshard data/audioset --out data/dogs "
-    "--where \"list_contains(labels, 'Dog') and duration_s >= 9\" --order shuffle:1 --split train:0.9,val:0.1[/bold]"
-)
-def reshard(
-    sources: Annotated[list[str], typer.Argument(help="Data sets: folders or fsspec URLs.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
-    where: Annotated[str | None, typer.Option(help="SQL expression over the catalog's columns.")] = None,
-    order: Annotated[str, typer.Option(help="source, shuffle:SEED or by:COLUMN.")] = "source",
-    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many.")] = None,
-    split: Annotated[str | None, typer.Option(help="New splits by source video, as train:0.9,val:0.1.")] = None,
-    members: Annotated[str | None, typer.Option(help="Media members to keep, as mp4,flac.")] = None,
-) -> None:
-    """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded."""
-    from cmacc.flows.reshard import reshard as flow
-
-    kept = members.split(",") if members else None
-    done = _call(flow, sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
-    _table(f"reshard: {out}", done)
-
-
-@app.command(epilog="Example: [bold]cmacc inspect data/audioset --sheet sheet.png[/bold]")
-def inspect(
-    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
-    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet, PNG.")] = None,
-    clips: Annotated[int, typer.Option(help="Clips on the sheet.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Print a data set's facts: clips, hours, bytes, splits, labels, quantiles of duration, loudness and motion."""
-    from cmacc.shards.dataset import Dataset
-    from cmacc.shards.describe import contact_sheet, describe
-
-    dataset = Dataset.open(data)
-    facts = describe(dataset)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        short = {k: f"{len(v)}, most frequent {', '.join(list(v)[:5])}" if k == "labels" and v else v for k, v in facts.items()}
-        _table(data, {k: v for k, v in short.items() if v not in ({}, [])})
-    if sheet:
-        out_console.print(f"contact sheet: {contact_sheet(dataset, sheet, clips)}", highlight=False)
-
-
-@app.command(epilog="Example: [bold]cmacc lint data/audioset[/bold]")
-def lint(
-    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
-    samples: Annotated[int, typer.Option(help="Clips to decode.")] = 64,
-    checksums: Annotated[bool, typer.Option(help="Read every shard whole and compare its sha256.")] = True,
-) -> None:
-    """Check everything a data set promises; exit status 1 when something is wrong."""
-    from cmacc.shards.lint import lint as find_faults
-
-    faults = find_faults(data, samples=samples, checksums=checksums)
-    for fault in faults:
-        out_console.print(
-            f"[red]{fault.code}[/red] {_escape(fault.where)}: {_escape(fault.sentence)}", soft_wrap=True, highlight=False
-        )
-    out_console.print(f"{data}: {len(faults)} faults" if faults else f"{data}: no fault", highlight=False)
-    if faults:
-        raise typer.Exit(1)
-
-
-def _options(pairs: list[str] | None) -> dict[str, str]:
-    found = {}
-    for pair in pairs or ():
-        name, mark, value = pair.partition("=")
-        if not mark:
-            raise ValueError(f"option {pair!r} has no value; write it as name=value, e.g. objective.tau=0.1")
-        found[name] = value
-    return found
+        print_table(data, lines)
 
 
 @app.command(epilog="Example: [bold]cmacc pretrain data/audioset --out runs/first --recipe paper --set loader.batch=64[/bold]")
@@ -341,8 +242,8 @@ def pretrain(
     """Pretrain with CM-ACC. The same command continues a run, with the very next clip."""
     from cmacc.flows.pretrain import pretrain as flow
 
-    numbers = _call(flow, data, str(out), recipe_name=recipe, options=_options(options))
-    _table(f"pretrain: {out}", numbers)
+    numbers = call_flow(flow, data, str(out), recipe_name=recipe, options=parse_options(options))
+    print_table(f"pretrain: {out}", numbers)
     out_console.print(f"picture: {out / 'picture.png'}", highlight=False)
 
 
@@ -359,7 +260,7 @@ def evaluate(
     """Score trained encoders: cross-modal retrieval, and a linear probe on labelled sounds."""
     from cmacc.flows.evaluate import evaluate as flow
 
-    scores = _call(
+    scores = call_flow(
         flow,
         str(model),
         data=data,
@@ -371,7 +272,7 @@ def evaluate(
     )
     for kind in ("retrieval", "linear_probe"):
         if kind in scores:
-            _table(kind.replace("_", " "), scores[kind])
+            print_table(kind.replace("_", " "), scores[kind])
 
 
 @app.command(epilog="Example: [bold]cmacc export runs/first exports/first[/bold]")
@@ -384,26 +285,6 @@ def export(
     from cmacc.train.trained import load_trained
 
     out_console.print(f"exported to {write(load_trained(model), out)}", highlight=False)
-
-
-@app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
-def embed(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
-    data: Annotated[str, typer.Argument(help="A local data set.")],
-    name: Annotated[str, typer.Option(help="Of the model: the columns are video-NAME and audio-NAME.")],
-    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
-) -> None:
-    """Embed every clip of a data set, as columns of its catalog."""
-    from cmacc.flows.progress import progress
-    from cmacc.shards.dataset import Dataset
-    from cmacc.train.embed import embed_dataset
-    from cmacc.train.loader import LoaderConfig
-    from cmacc.train.trained import load_trained
-
-    dataset = Dataset.open(data)
-    with progress("embed", total=len(dataset)) as tell:
-        columns = embed_dataset(load_trained(model), dataset, name, LoaderConfig(batch=batch), lambda done: tell(done, "clips"))
-    out_console.print(f"{data}: columns {' and '.join(columns)}", highlight=False)
 
 
 @app.command(
@@ -437,4 +318,4 @@ def demo(
     from cmacc.ingest.world import WorldConfig
 
     config = WorldConfig(clips=clips, eval_clips=eval_clips, seed=seed)
-    run_demo(out, config, _options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))
+    run_demo(out, config, parse_options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cmacc.shards.catalog import Catalog
+from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.profile import Profile
 
 FORMAT = 1
 META = "dataset.json"
-CATALOG = "catalog.zarr"
 _OPEN_FILES = 128
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")
 
@@ -47,33 +47,31 @@ class Shard(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Shard:
-        if self.clips * 2 * tarfile.BLOCKSIZE > self.bytes:
+        if self.clips * tarfile.BLOCKSIZE > self.bytes:
             raise ValueError("the shard has more clips than its bytes can hold")
         return self
 
 
 class Meta(BaseModel):
-    """`dataset.json`. members: extensions every clip has; provenance: whatever its maker wants kept (JSON)."""
+    """`dataset.json`. members: extensions every clip has; provenance: whatever its maker wants kept (JSON).
+
+    foreign: the shards were made elsewhere and indexed where they lie: their json member, if there is one, is not ours, they
+    may hold other things besides, and the profile is None unless all clips are alike and as one of ours could be.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     format: int = FORMAT
-    profile: dict[str, Any]
+    profile: dict[str, Any] | None
+    foreign: bool = False
     members: tuple[str, ...]
     provenance: dict[str, Any] = Field(default_factory=dict)
     shards: list[Shard] = Field(default_factory=list)
 
     @field_validator("profile")
     @classmethod
-    def _known(cls, profile: dict[str, Any]) -> dict[str, Any]:
-        return Profile.from_json(profile).to_json()
-
-    @field_validator("members")
-    @classmethod
-    def _facts_last(cls, members: tuple[str, ...]) -> tuple[str, ...]:
-        if len(members) < 2 or members[-1] != "json" or len(set(members)) < len(members):
-            raise ValueError("members are one or two media extensions, and json last")
-        return members
+    def _known(cls, profile: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if profile is None else Profile.from_json(profile).to_json()
 
     @field_validator("shards")
     @classmethod
@@ -81,6 +79,15 @@ class Meta(BaseModel):
         if len({s.name for s in shards}) < len(shards):
             raise ValueError("a shard is named twice")
         return shards
+
+    @model_validator(mode="after")
+    def _complete(self) -> Meta:
+        media = [m for m in self.members if m != "json"]
+        if not media or len(set(self.members)) < len(self.members) or not (self.foreign or self.members == (*media, "json")):
+            raise ValueError("members are one or two media extensions, and json last")
+        if self.profile is None and not self.foreign:
+            raise ValueError("there is no profile")
+        return self
 
     @property
     def clips(self) -> int:
@@ -120,7 +127,6 @@ class Dataset:
         self._files, self._path = fsspec.core.url_to_fs(self.url)
         self.meta = Meta.from_bytes(raw, f"{self.url}/{META}")
         self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self.profile = Profile.from_json(self.meta.profile)
         self.catalog = Catalog(f"{self.url}/{CATALOG}", len(self), self.meta.members)
         # the C cache needs no lock of its own, so a fork cannot leave one held; a file it drops closes with its last reader
         self._open = lru_cache(_OPEN_FILES)(self._open_shard)
@@ -135,7 +141,7 @@ class Dataset:
         except FileNotFoundError as e:
             missing = "is no data set: it has no dataset.json" if files.exists(path) else "does not exist"
             raise DatasetError(f"{url} {missing}; give the folder that `cmacc ingest` wrote") from e
-        except (OSError, ImportError, ValueError) as e:
+        except Exception as e:  # each kind of bucket has errors of its own
             raise DatasetError(f"{url} cannot be read ({e}); check the address and the right to read it") from e
         return cls(url, raw)
 
@@ -145,6 +151,14 @@ class Dataset:
     def __len__(self) -> int:
         """Number of clips."""
         return self.meta.clips
+
+    @cached_property
+    def profile(self) -> Profile:
+        """How the clips are encoded. Raises DatasetError where every clip of foreign shards is different."""
+        if self.meta.profile is None:
+            said = f"the clips of {self.url} were made elsewhere and are not alike"
+            raise DatasetError(f"{said}; `cmacc reshard {self.url} --out DST --transcode h264` makes a data set to train from")
+        return Profile.from_json(self.meta.profile)
 
     @cached_property
     def keys(self) -> NDArray[Any]:
@@ -189,15 +203,20 @@ class Dataset:
             raise DatasetError(f"clips of {self.url} have no member {unknown[0]!r}; they have {', '.join(self.meta.members)}")
         if not wanted:
             return {}
-        offsets, sizes = self._places
         columns = [self.meta.members.index(m) for m in wanted]
-        spans = [(int(offsets[row, c]), int(sizes[row, c])) for c in columns]
+        offsets, sizes = self.places(slice(row, row + 1))
+        spans = [(int(offsets[0, c]), int(sizes[0, c])) for c in columns]
         begin, end = min(o for o, _ in spans), max(o + s for o, s in spans)
-        data = self._range(int(self.shard_of_row[row]), begin, end)
+        data = self.ranges([(int(self.shard_of_row[row]), begin, end)])[0]
         found = {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
         if check:
             self._check(row, found)
         return found
+
+    def places(self, rows: slice | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the members of some clips lie in their shards: offsets and sizes, bytes, int64 (n, members) each."""
+        offsets, sizes = self._places
+        return offsets[rows], sizes[rows]
 
     @cached_property
     def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -205,14 +224,22 @@ class Dataset:
 
     def _check(self, row: int, found: dict[str, bytes]) -> None:
         digests = self.catalog.column("sha256", slice(row, row + 1))[0]
+        # an earlier version kept no digest of the json member
         for digest, member in zip(digests, self.meta.members, strict=False):
             if member in found and hashlib.sha256(found[member]).digest() != digest.tobytes():
-                shard = self.meta.shards[self.shard_of_row[row]].name
-                where = f"{self.keys[row]}.{member} in {self.url}/{shard}"
-                raise DatasetError(f"{where} has a wrong checksum; copy the shard again, or ingest it again")
+                raise self.damaged(row, member)
+
+    def damaged(self, row: int, member: str) -> DatasetError:
+        """What to say of a member whose bytes are not those that were written."""
+        shard = self.meta.shards[self.shard_of_row[row]].name
+        where = f"{self.catalog.texts('key', slice(row, row + 1))[0]}.{member} in {self.url}/{shard}"
+        return DatasetError(f"{where} has a wrong checksum; copy the shard again, or ingest it again")
+
+    def ranges(self, spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Bytes `begin` to `end` of a shard, for each (shard number, begin, end). Raises DatasetError for what is not there."""
+        return [self._range(*span) for span in spans]
 
     def _range(self, shard: int, begin: int, end: int) -> bytes:
-        """Bytes begin to end of a shard."""
         if not 0 <= begin <= end <= self.meta.shards[shard].bytes:
             name = self.meta.shards[shard].name
             raise DatasetError(f"the catalog of {self.url} points outside {name} (bytes {begin} to {end}); run `cmacc lint`")

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from cmacc.shards.publish import publish
+from cmacc.shards.place import Place
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -87,13 +87,12 @@ def energon_index(members: Iterable[Member]) -> bytes:
     return struct.pack(f"<{len(offsets) + 1}Q", *offsets, end)
 
 
-def index_paths(tar: Path) -> tuple[Path, Path]:
-    """Where the DALI index and the Energon index of a shard lie."""
-    return tar.with_suffix(".idx"), tar.with_suffix(".tar.idx")
+def index_names(tar: str) -> tuple[str, str]:
+    """Names of the DALI index and the Energon index of a shard; they lie beside it."""
+    return f"{tar.removesuffix('.tar')}.idx", f"{tar}.idx"
 
 
-def write_indexes(tar: Path, members: Sequence[Member] | None = None) -> None:
-    """Write both indexes of a shard beside it; members: what `scan` found, if that is known. Raises tarfile.TarError, OSError."""
-    found = scan(tar) if members is None else members
-    for path, data in zip(index_paths(tar), (dali_index(found), energon_index(found)), strict=True):
-        publish(path, data)
+def publish_indexes(home: Place, tar: str, members: Sequence[Member]) -> None:
+    """Write both indexes of a shard beside it; members: what `scan` finds in it. Raises OSError."""
+    for name, data in zip(index_names(tar), (dali_index(members), energon_index(members)), strict=True):
+        home.publish(name, data)

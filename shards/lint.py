@@ -21,7 +21,7 @@ from cmacc.shards.clip import KEY, Facts
 from cmacc.shards.dataset import Dataset, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.index import Member, clips, dali_index, energon_index, index_paths, scan
+from cmacc.shards.index import Member, clips, dali_index, energon_index, index_names, scan
 
 _BLOCK = 1 << 20
 _SOUND_TOLERANCE_S = 0.1
@@ -113,13 +113,13 @@ def _sha256(file: Any) -> str:
 
 
 def _indexes(name: str, members: list[Member], files: Any, path: str) -> Iterator[Fault]:
-    for index, data in zip(index_paths(Path(name)), (dali_index(members), energon_index(members)), strict=True):
-        mend = "write it again by shards.index.write_indexes"
+    for index, data in zip(index_names(name), (dali_index(members), energon_index(members)), strict=True):
+        mend = "write it again by shards.index.publish_indexes"
         try:
             if files.cat_file(f"{path}/{index}") != data:
-                yield Fault("index", str(index), f"{index} does not agree with {name}; {mend}")
+                yield Fault("index", index, f"{index} does not agree with {name}; {mend}")
         except FileNotFoundError:
-            yield Fault("index", str(index), f"{index} is missing; {mend}")
+            yield Fault("index", index, f"{index} is missing; {mend}")
 
 
 def _members(dataset: Dataset, name: str, key: str, group: list[Member], seen: dict[str, str]) -> Iterator[Fault]:

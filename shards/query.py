@@ -10,7 +10,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from cmacc.shards.catalog import FACTS, TEXTS
+from cmacc.shards.columns import FACTS, TEXTS
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import re
-import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
-from cmacc.shards.catalog import Catalog, Entry
+from cmacc.shards.catalog_writer import CATALOG, CatalogWriter, Entry
 from cmacc.shards.clip import Clip, Facts
-from cmacc.shards.dataset import CATALOG, META, Meta, Shard
+from cmacc.shards.dataset import META, Meta, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json, facts_to_json
-from cmacc.shards.index import Member, clips, index_paths, scan, write_indexes
+from cmacc.shards.index import Member, clips, index_names, publish_indexes, scan
+from cmacc.shards.place import Place, place
 from cmacc.shards.profile import Profile
-from cmacc.shards.publish import PartFile, clear_parts, no_room_as, publish, sync_directory
+from cmacc.shards.publish import no_room_as
 from cmacc.shards.tar import tar_bytes, tar_end, tar_member, tar_padding
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,8 @@ _OURS = re.compile(r"(clips-\d{6})\.(tar|idx|tar\.idx)")
 
 
 class DatasetWriter:
-    """Creates the data set at `path`, or continues it; one writer at a time, used from one thread, as a context manager.
+    """Creates the data set at `path` (a folder or any fsspec URL), or continues it; one writer at a time, used from one thread,
+    as a context manager.
 
     A clean exit commits the open shard. An exception discards it and leaves all that was committed.
 
@@ -56,24 +56,19 @@ class DatasetWriter:
         members: Sequence[str] | None = None,
         on_commit: Callable[[str, list[str]], None] | None = None,
     ) -> None:
-        if "://" in os.fspath(path):
-            raise DatasetError(f"{path} is not a local folder; write to one and copy it there when it is done")
         if shard_bytes < 1:
             raise DatasetError(f"shard_bytes is {shard_bytes}; give 1 or more")
-        self.path = Path(path)
+        self.home = place(path)
         self.shard_bytes, self.shard_clips = shard_bytes, shard_clips
         self.members = tuple(members or profile.members)
         self._on_commit = on_commit
         self._shard: _OpenShard | None = None
-        with no_room_as(DatasetError, f"no room on the disk of {self.path}; free some and start again"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
-            try:
-                self._meta = self._recover(profile, provenance or {})
-                self._catalog = _catalog(self.path, self._meta)
-            except BaseException:
-                os.close(self._lock)
-                raise
+        self._held = contextlib.ExitStack()
+        with self._room(), self._held as held:
+            held.enter_context(self.home.lock())
+            self._meta = self._recover(profile, provenance or {})
+            self._catalog = _catalog(self.home, self._meta)
+            self._held = held.pop_all()
         self.keys: set[str] = set(self._catalog.texts("key"))
 
     def add(self, clip: Clip) -> None:
@@ -97,7 +92,7 @@ class DatasetWriter:
             self.cut()
         with self._or_discard():
             if self._shard is None:
-                self._shard = _OpenShard(self.path / f"clips-{len(self._meta.shards):06d}.tar")
+                self._shard = _OpenShard(self.home, f"clips-{len(self._meta.shards):06d}.tar")
             self._shard.add(clip.key, clip.facts, sample)
         self.keys.add(clip.key)
 
@@ -107,10 +102,10 @@ class DatasetWriter:
         if shard is None:
             return
         with self._or_discard():
-            entry, rows = shard.finish(self.members)
+            entry, rows = shard.finish()
             self._catalog.append(len(self._meta.shards), rows)
             meta = self._meta.model_copy(update={"shards": [*self._meta.shards, entry]})
-            publish(self.path / META, meta.to_bytes())
+            self.home.publish(META, meta.to_bytes())
         self._meta, self._shard = meta, None
         log.info("committed %s: %d clips, %d bytes", entry.name, entry.clips, entry.bytes)
         if self._on_commit:
@@ -119,24 +114,24 @@ class DatasetWriter:
     def adopt(self, tar: Path) -> str:
         """Take over a shard of another data set with this profile and these members, with its indexes; returns its new name.
 
-        Its bytes are verified, not copied, where both lie on one disk (a hard link); the other data set may be deleted then.
+        Its bytes are verified, and not copied where both lie on one disk (a hard link); the other data set may be deleted then.
         Closes the open shard first. Raises DatasetError: a damaged shard, or a clip that is here already.
         """
         self.cut()
-        rows = _rows_of(tar, self.members)
+        rows = _rows_of(tar.open("rb"), str(tar), self.members)
         if twice := next((row.key for row in rows if row.key in self.keys), None):
             raise DatasetError(f"clip {twice} of {tar} is in {self.path} already; a key is written once")
-        path = self.path / f"clips-{len(self._meta.shards):06d}.tar"
-        with no_room_as(DatasetError, f"no room on the disk of {self.path}; free some and start again"):
+        name = f"clips-{len(self._meta.shards):06d}.tar"
+        with self._room():
             with tar.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entry = Shard(name=path.name, clips=len(rows), bytes=tar.stat().st_size, sha256=digest)
-            for source, target in zip((*index_paths(tar), tar), (*index_paths(path), path), strict=True):
-                _link(source, target)
-            sync_directory(self.path)
+            entry = Shard(name=name, clips=len(rows), bytes=tar.stat().st_size, sha256=digest)
+            for index in index_names(name):
+                self.home.adopt(tar.with_name(tar.stem + index.removeprefix(Path(name).stem)), index)
+            self.home.adopt(tar, name)
             self._catalog.append(len(self._meta.shards), rows)
             meta = self._meta.model_copy(update={"shards": [*self._meta.shards, entry]})
-            publish(self.path / META, meta.to_bytes())
+            self.home.publish(META, meta.to_bytes())
         self._meta = meta
         self.keys.update(row.key for row in rows)
         if self._on_commit:
@@ -153,13 +148,21 @@ class DatasetWriter:
             else:
                 self._discard()
         finally:
-            os.close(self._lock)
+            self._held.close()
+
+    @property
+    def path(self) -> str:
+        """Folder or URL of the data set."""
+        return self.home.url
+
+    def _room(self) -> contextlib.AbstractContextManager[None]:
+        room = f"no room on the disk of {self.path} for more clips; what was committed stays: free some and run again"
+        return no_room_as(DatasetError, room)
 
     @contextlib.contextmanager
-    def _or_discard(self) -> Any:
-        room = f"no room on the disk of {self.path} for more clips; what was committed stays: free some and run again"
+    def _or_discard(self) -> Iterator[None]:
         try:
-            with no_room_as(DatasetError, room):
+            with self._room():
                 yield
         except BaseException:
             self._discard()
@@ -178,29 +181,31 @@ class DatasetWriter:
         shard.discard()
 
     def _read_meta(self) -> Meta:
-        file = self.path / META
-        return Meta.from_bytes(file.read_bytes(), str(file))
+        return Meta.from_bytes(self.home.read(META), f"{self.path}/{META}")
 
     def _recover(self, profile: Profile, provenance: dict[str, Any]) -> Meta:
         """Read or make dataset.json, and remove what a dead writer left."""
-        clear_parts(self.path)
-        if not (self.path / META).exists():
-            if any(self.path.glob("*.tar")):
+        self.home.clear()
+        found = self.home.names()
+        if META not in found:
+            if any(name.endswith(".tar") for name in found):
                 raise DatasetError(f"{self.path} has shards but no dataset.json; restore it, or write to another folder")
-            Catalog.create(self.path / CATALOG, self.members)
+            CatalogWriter.create(self.home, self.members)
             meta = Meta(profile=profile.to_json(), members=self.members, provenance=provenance)
-            publish(self.path / META, meta.to_bytes())
+            self.home.publish(META, meta.to_bytes())
             return meta
         meta = self._read_meta()
-        if Profile.from_json(meta.profile) != profile or meta.members != self.members:
-            changed = ", ".join(k for k, v in profile.to_json().items() if meta.profile[k] != v) or "members"
+        if meta.foreign:
+            raise DatasetError(f"{self.path} has shards that were made elsewhere, and is read only; write to another folder")
+        if meta.profile != profile.to_json() or meta.members != self.members:
+            changed = ", ".join(k for k, v in profile.to_json().items() if (meta.profile or {}).get(k) != v) or "members"
             raise DatasetError(f"{self.path} was written with another profile ({changed} differ); use it, or another folder")
         names = {s.name for s in meta.shards}
-        for found in self.path.iterdir():
-            ours = _OURS.fullmatch(found.name)
+        for name in found:
+            ours = _OURS.fullmatch(name)
             if ours and f"{ours[1]}.tar" not in names:
-                log.warning("removing %s, left by a writer that died", found)
-                found.unlink()
+                log.warning("removing %s/%s, left by a writer that died", self.path, name)
+                self.home.remove(name)
         if provenance:
             meta.provenance = {**meta.provenance, **provenance}
         return meta
@@ -209,68 +214,40 @@ class DatasetWriter:
 class _OpenShard:
     """The shard being written, aside. offset: bytes of the tar so far; facts: by key, in the tar's order."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, home: Place, name: str) -> None:
+        self.name = name
         self.facts: dict[str, Facts] = {}
-        self._sha256: dict[str, bytes] = {}
-        self._file = PartFile(path)
+        self._rows: list[Entry] = []
+        self._home = home
+        self._file = home.create(name)
 
     @property
     def offset(self) -> int:
         return self._file.bytes
 
     def add(self, key: str, facts: Facts, sample: dict[str, bytes]) -> None:
+        members = []
         for extension, data in sample.items():
-            name = f"{key}.{extension}"
-            self._file.write(tar_member(name, len(data)))
-            self._file.write(data)
-            self._file.write(tar_padding(len(data)))
-            self._sha256[name] = hashlib.sha256(data).digest()
+            name, begin = f"{key}.{extension}", self._file.bytes
+            header = tar_member(name, len(data))
+            for part in (header, data, tar_padding(len(data))):
+                self._file.write(part)
+            members.append(Member(name, begin, begin + len(header), len(data)))
         self.facts[key] = facts
+        self._rows.append(Entry(key, facts, tuple(members), tuple(hashlib.sha256(data).digest() for data in sample.values())))
 
-    def finish(self, members: tuple[str, ...]) -> tuple[Shard, list[Entry]]:
+    def finish(self) -> tuple[Shard, list[Entry]]:
         """Write the tar's end and both indexes, give them their names, the tar last; returns its entry and catalog rows."""
         self._file.write(tar_end(self._file.bytes))
         self._file.sync()
-        found = scan(self._file.part)
-        write_indexes(self.path, found)
-        rows = [
-            Entry(key, self.facts[key], _in_order(group, members), tuple(self._sha256[f"{key}.{m}"] for m in members[:-1]))
-            for key, group in clips(found)
-        ]
+        publish_indexes(self._home, self.name, [m for row in self._rows for m in row.members])
         self._file.publish()
-        return Shard(name=self.path.name, clips=len(rows), bytes=self._file.bytes, sha256=self._file.sha256), rows
+        return Shard(name=self.name, clips=len(self._rows), bytes=self._file.bytes, sha256=self._file.sha256), self._rows
 
     def discard(self) -> None:
         self._file.discard()
-        for path in (self.path, *index_paths(self.path)):
-            path.unlink(missing_ok=True)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without hard links
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.rename(target)
-
-
-def _lock(path: Path) -> int:
-    """Hold the data set for this writer; the lock goes with the process, however that ends."""
-    fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(fd)
-        raise DatasetError(f"another writer is at work on {path}; wait for it to end, or stop it") from e
-    except OSError as e:
-        os.close(fd)
-        raise DatasetError(f"{path} cannot be locked ({e}); write to a disk that knows flock, and copy from there") from e
-    return fd
+        for name in (self.name, *index_names(self.name)):
+            self._home.remove(name)
 
 
 def _in_order(group: list[Member], members: tuple[str, ...]) -> tuple[Member, ...]:
@@ -281,37 +258,39 @@ def _in_order(group: list[Member], members: tuple[str, ...]) -> tuple[Member, ..
     return tuple(by_extension[m] for m in members)
 
 
-def _catalog(path: Path, meta: Meta) -> Catalog:
+def _catalog(home: Place, meta: Meta) -> CatalogWriter:
     """The catalog, ready to append to; made again from the tars when it lost rows that count."""
-    url = path / CATALOG
-    for left in (*url.rglob("*.partial"), *url.glob(".*.part")):  # zarr's own, and a dense column's, of a dead writer
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    catalog = Catalog(str(url), meta.clips, meta.members, writable=True)
+    for left in home.names(CATALOG):
+        if left.startswith("."):  # a dense column's part, of a dead writer
+            home.remove(f"{CATALOG}/{left}")
+    catalog = CatalogWriter(home, meta.clips, meta.members)
     if catalog.intact():
         catalog.grow()
         return catalog
-    log.warning("%s lost rows; making it again from the shards", url)
-    catalog = Catalog.create(url, meta.members)
+    log.warning("%s/%s lost rows; making it again from the shards", home.url, CATALOG)
+    catalog = CatalogWriter.create(home, meta.members)
     for number, shard in enumerate(meta.shards):
-        catalog.append(number, _rows_of(path / shard.name, meta.members))
+        catalog.append(number, _rows_of(home.open(shard.name), f"{home.url}/{shard.name}", meta.members))
     if catalog.rows != meta.clips:
-        raise DatasetError(f"the shards of {path} hold {catalog.rows} clips, dataset.json says {meta.clips}; run `cmacc lint`")
+        raise DatasetError(
+            f"the shards of {home.url} hold {catalog.rows} clips, dataset.json says {meta.clips}; run `cmacc lint`"
+        )
     return catalog
 
 
-def _rows_of(tar: Path, members: tuple[str, ...]) -> list[Entry]:
+def _rows_of(tar: BinaryIO, where: str, members: tuple[str, ...]) -> list[Entry]:
     """Catalog rows of a shard, from the shard itself. Raises DatasetError when it is damaged."""
 
     def read(m: Member) -> bytes:
-        file.seek(m.offset)
-        return file.read(m.size)
+        tar.seek(m.offset)
+        return tar.read(m.size)
 
     try:
-        with tar.open("rb") as file:
+        with tar:
             groups = [(key, _in_order(group, members)) for key, group in clips(scan(tar))]
             return [
-                Entry(key, facts_from_json(read(group[-1])), group, tuple(hashlib.sha256(read(m)).digest() for m in group[:-1]))
+                Entry(key, facts_from_json(read(group[-1])), group, tuple(hashlib.sha256(read(m)).digest() for m in group))
                 for key, group in groups
             ]
     except (OSError, ValueError, tarfile.TarError) as e:
-        raise DatasetError(f"shard {tar} cannot be read ({e}); copy it again") from e
+        raise DatasetError(f"shard {where} cannot be read ({e}); copy it again") from e

@@ -21,8 +21,9 @@ from PIL import Image
 from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import contact_sheet, describe
-from cmacc.shards.index import scan, write_indexes
+from cmacc.shards.index import publish_indexes, scan
 from cmacc.shards.lint import Fault, lint
+from cmacc.shards.place import place
 from cmacc.shards.tar import tar_end, tar_member, tar_padding
 from cmacc.shards.writer import DatasetWriter
 
@@ -58,7 +59,7 @@ def forge(folder: Path, new: list[tuple[str, bytes]], *, honest: bool = True) ->
     meta = json.loads((folder / "dataset.json").read_text())
     if honest:
         meta["shards"][0].update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        write_indexes(path)
+        publish_indexes(place(path.parent), path.name, scan(path))
     (folder / "dataset.json").write_text(json.dumps(meta))
 
 

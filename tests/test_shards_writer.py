@@ -20,15 +20,16 @@ import numpy as np
 import pytest
 from media import make_clip, tiny_profile
 
-from cmacc.shards import catalog as catalog_module
+from cmacc.shards import catalog_writer as catalog_module
 from cmacc.shards import writer as writer_module
-from cmacc.shards.catalog import Catalog
+from cmacc.shards.catalog_writer import CatalogWriter
 from cmacc.shards.clip import Clip, Facts
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
+from cmacc.shards.place import Folder, place
 from cmacc.shards.publish import PartFile
 from cmacc.shards.query import matching
 from cmacc.shards.reshard import reshard
@@ -142,8 +143,8 @@ def test_what_opening_refuses(tmp_path: Path) -> None:
         DatasetWriter(tmp_path / "a", tiny_profile(fps=9))
     with pytest.raises(DatasetError, match="members differ"):
         DatasetWriter(tmp_path / "a", tiny_profile(), members=("flac", "json"))
-    with pytest.raises(DatasetError, match="not a local folder"):
-        DatasetWriter("s3://bucket/set", tiny_profile())
+    with pytest.raises(DatasetError, match="cannot be written"):
+        DatasetWriter("nowhere://bucket/set", tiny_profile())
     with DatasetWriter(tmp_path / "a", tiny_profile()), pytest.raises(DatasetError, match="another writer is at work"):
         DatasetWriter(tmp_path / "a", tiny_profile())
     (tmp_path / "a" / "dataset.json").unlink()
@@ -178,13 +179,13 @@ class Killed(BaseException):
 
 
 POINTS: dict[str, tuple[object, str, bool]] = {
-    "before the indexes": (writer_module, "write_indexes", False),
-    "after the indexes": (writer_module, "write_indexes", True),
-    "before dataset.json": (writer_module, "publish", False),
+    "before the indexes": (writer_module, "publish_indexes", False),
+    "after the indexes": (writer_module, "publish_indexes", True),
+    "before dataset.json": (Folder, "publish", False),
     "before the tar has its name": (PartFile, "publish", False),
-    "before the catalog": (Catalog, "append", False),
-    "after the catalog": (Catalog, "append", True),
-    "within the catalog": (Catalog, "_put_lists", False),
+    "before the catalog": (CatalogWriter, "append", False),
+    "after the catalog": (CatalogWriter, "append", True),
+    "within the catalog": (CatalogWriter, "_put_lists", False),
 }
 
 
@@ -199,9 +200,11 @@ def test_killed_at_each_step_of_a_commit(tmp_path: Path, monkeypatch: pytest.Mon
     real: Callable[..., object] = getattr(owner, name)
 
     def killed(*args: object, **options: object) -> None:
-        if after:
+        early = owner is Folder and args[1] != "dataset.json"
+        if after or early:
             real(*args, **options)
-        raise Killed
+        if not early:
+            raise Killed
 
     with monkeypatch.context() as m:
         m.setattr(owner, name, killed)
@@ -210,7 +213,7 @@ def test_killed_at_each_step_of_a_commit(tmp_path: Path, monkeypatch: pytest.Mon
             w.add(clip)
         with pytest.raises(Killed):
             w.cut()
-    os.close(w._lock)
+    w._held.close()
     assert len(Dataset.open(tmp_path / "set")) == 3
     assert_holds(tmp_path / "set", clips)
     with DatasetWriter(tmp_path / "set", tiny_profile(), shard_bytes=SHARD) as w:
@@ -225,18 +228,19 @@ def test_killed_at_each_step_of_a_commit(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_interrupted_after_dataset_json_had_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shard is committed then: to discard it would take away what readers already see."""
-    real = writer_module.publish
+    real = Folder.publish
 
-    def interrupted(path: Path, data: bytes) -> None:
-        real(path, data)
-        raise KeyboardInterrupt
+    def interrupted(home: Folder, name: str, data: bytes) -> None:
+        real(home, name, data)
+        if name == "dataset.json":
+            raise KeyboardInterrupt
 
     clips = [plain_clip(i) for i in range(4)]
     with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path, tiny_profile()) as w:
         w.add(clips[0])
         w.cut()
         w.add(clips[1])
-        monkeypatch.setattr(writer_module, "publish", interrupted)
+        monkeypatch.setattr(Folder, "publish", interrupted)
         try:
             w.cut()
         finally:
@@ -349,12 +353,12 @@ def test_full_disk_while_committing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = files(tmp_path)
 
     def full(*args: object, **options: object) -> None:
-        if step == "catalog" or str(args[0]).endswith(".json"):
+        if step == "catalog" or args[1] == "dataset.json":
             raise OSError(code, os.strerror(code))
 
     with pytest.raises(DatasetError, match="no room"), DatasetWriter(tmp_path, tiny_profile(), shard_bytes=SHARD) as w:
         w.add(clips[2])
-        monkeypatch.setattr(*((Catalog, "append") if step == "catalog" else (writer_module, "publish")), full)
+        monkeypatch.setattr(*((CatalogWriter, "append") if step == "catalog" else (Folder, "publish")), full)
         w.cut()
     monkeypatch.undo()
     assert files(tmp_path) == before
@@ -464,8 +468,8 @@ def test_an_older_data_set_is_read_and_continued(tmp_path: Path, monkeypatch: py
 def test_killed_while_an_older_catalog_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = [plain_clip(i) for i in range(3)]
     older(tmp_path, clips, monkeypatch)
-    catalog = Catalog(str(tmp_path / "catalog.zarr"), 3, ("mp4", "flac", "json"), writable=True)
-    real = catalog_module._fact
+    catalog = CatalogWriter(place(tmp_path), 3, ("mp4", "flac", "json"))
+    real = catalog_module.create_fact
 
     def killed(group: object, name: str, rows: int = 0) -> None:
         if name == "fingerprint" and rows:
@@ -473,7 +477,7 @@ def test_killed_while_an_older_catalog_grows(tmp_path: Path, monkeypatch: pytest
         real(group, name, rows)
 
     with monkeypatch.context() as m:
-        m.setattr(catalog_module, "_fact", killed)
+        m.setattr(catalog_module, "create_fact", killed)
         with pytest.raises(Killed):
             catalog.grow()
     assert Dataset.open(tmp_path).catalog.facts() == [c.facts for c in clips]

@@ -1,0 +1,94 @@
+"""The commands on a data set that is there: re-sharding, looking into it, checking it, adding to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmacc.flows.console import app, call_flow, escape, out_console, print_table
+
+
+@app.command(
+    epilog="Example: [bold]cmacc reshard data/audioset --out data/dogs "
+    "--where \"list_contains(labels, 'Dog') and duration_s >= 9\" --order shuffle:1 --split train:0.9,val:0.1[/bold]"
+)
+def reshard(
+    sources: Annotated[list[str], typer.Argument(help="Data sets: folders or fsspec URLs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
+    where: Annotated[str | None, typer.Option(help="SQL expression over the catalog's columns.")] = None,
+    order: Annotated[str, typer.Option(help="source, shuffle:SEED or by:COLUMN.")] = "source",
+    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many.")] = None,
+    split: Annotated[str | None, typer.Option(help="New splits by source video, as train:0.9,val:0.1.")] = None,
+    members: Annotated[str | None, typer.Option(help="Media members to keep, as mp4,flac.")] = None,
+) -> None:
+    """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded."""
+    from cmacc.flows.reshard import reshard as flow
+
+    kept = members.split(",") if members else None
+    done = call_flow(flow, sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
+    print_table(f"reshard: {out}", done)
+
+
+@app.command(epilog="Example: [bold]cmacc inspect data/audioset --sheet sheet.png[/bold]")
+def inspect(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet, PNG.")] = None,
+    clips: Annotated[int, typer.Option(help="Clips on the sheet.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a data set's facts: clips, hours, bytes, splits, labels, quantiles of duration, loudness and motion."""
+    from cmacc.shards.dataset import Dataset
+    from cmacc.shards.describe import contact_sheet, describe
+
+    dataset = Dataset.open(data)
+    facts = describe(dataset)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        short = {k: f"{len(v)}, most frequent {', '.join(list(v)[:5])}" if k == "labels" and v else v for k, v in facts.items()}
+        print_table(data, {k: v for k, v in short.items() if v not in ({}, [])})
+    if sheet:
+        out_console.print(f"contact sheet: {contact_sheet(dataset, sheet, clips)}", highlight=False)
+
+
+@app.command(epilog="Example: [bold]cmacc lint data/audioset[/bold]")
+def lint(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    samples: Annotated[int, typer.Option(help="Clips to decode.")] = 64,
+    checksums: Annotated[bool, typer.Option(help="Read every shard whole and compare its sha256.")] = True,
+) -> None:
+    """Check everything a data set promises; exit status 1 when something is wrong."""
+    from cmacc.shards.lint import lint as find_faults
+
+    faults = find_faults(data, samples=samples, checksums=checksums)
+    for fault in faults:
+        out_console.print(
+            f"[red]{fault.code}[/red] {escape(fault.where)}: {escape(fault.sentence)}", soft_wrap=True, highlight=False
+        )
+    out_console.print(f"{data}: {len(faults)} faults" if faults else f"{data}: no fault", highlight=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
+def embed(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
+    data: Annotated[str, typer.Argument(help="A local data set.")],
+    name: Annotated[str, typer.Option(help="Of the model: the columns are video-NAME and audio-NAME.")],
+    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
+) -> None:
+    """Embed every clip of a data set, as columns of its catalog."""
+    from cmacc.flows.progress import progress
+    from cmacc.shards.dataset import Dataset
+    from cmacc.train.embed import embed_dataset
+    from cmacc.train.loader import LoaderConfig
+    from cmacc.train.trained import load_trained
+
+    dataset = Dataset.open(data)
+    with progress("embed", total=len(dataset)) as tell:
+        columns = embed_dataset(load_trained(model), dataset, name, LoaderConfig(batch=batch), lambda done: tell(done, "clips"))
+    out_console.print(f"{data}: columns {' and '.join(columns)}", highlight=False)
