@@ -164,24 +164,25 @@ def _balanced(datasets: list[Dataset], source: NDArray[np.int32], row: NDArray[n
     values = gather(datasets, source, row, choice.balance)
     group = _rarest(values) if pa.types.is_large_list(values.type) else _codes(values)
     sizes = np.bincount(group[group >= 0])
-    sizes = sizes[sizes > 0] if len(sizes) else sizes
-    if not len(sizes):
+    if not sizes.any():
         raise DatasetError(f"balance {choice.balance!r} finds no value to balance by: no chosen clip has one")
-    most = int(sizes.min()) if choice.limit is None else _share(sizes, choice.limit)
+    most = np.full(len(sizes), sizes[sizes > 0].min()) if choice.limit is None else _shares(sizes, choice.limit)
     by_group = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(group[by_group]) > 0])
     rank = np.empty(len(group), dtype=np.int64)
     rank[by_group] = np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
-    return np.flatnonzero((group >= 0) & (rank < most))
+    return np.flatnonzero((group >= 0) & (rank < most[group]))
 
 
-def _share(sizes: NDArray[np.int64], limit: int) -> int:
-    """The least m for which min(size, m) adds up to `limit`, so that the small groups give all they have."""
+def _shares(sizes: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """How many of each group make `limit` in all, as evenly as can be: the small groups give all they have."""
     low, high = 0, int(sizes.max())
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if np.minimum(sizes, middle).sum() >= limit else (middle + 1, high)
-    return low
+    while low < high:  # the most that all groups may give without passing the limit
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(sizes, middle).sum() <= limit else (low, middle - 1)
+    shares = np.minimum(sizes, low)
+    shares[np.flatnonzero(sizes > low)[: limit - shares.sum()]] += 1
+    return shares
 
 
 def _codes(values: pa.Array) -> NDArray[np.int64]:
