@@ -109,7 +109,7 @@ def test_embeddings_are_unit_vectors_of_both_kinds(datasets: list[Dataset]) -> N
     parts = [embeddings(datasets[:1], np.zeros(16, np.int32), rows, f"{kind}-first") for kind in ("video", "audio")]
     cosines = (parts[0] @ parts[0].T + parts[1] @ parts[1].T) / 2
     np.testing.assert_allclose(both @ both.T, cosines, atol=1e-6)
-    with pytest.raises(DatasetError, match="no embeddings 'second'.*there are those of first"):
+    with pytest.raises(DatasetError, match=r"no embeddings 'second'.*there are those of first"):
         embeddings(datasets, np.zeros(1, np.int32), rows[:1], "second")
 
 

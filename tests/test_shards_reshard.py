@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import killing
 from media import make_clip, tiny_profile
 
+from cmacc.shards.choice import parse_split, split_of
 from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
 from cmacc.shards.query import matching, query_columns
-from cmacc.shards.choice import parse_split, split_of
 from cmacc.shards.reshard import reshard
 from cmacc.shards.writer import DatasetWriter
 
@@ -242,3 +246,85 @@ def test_columns_that_can_be_asked_for(sources: list[Path]) -> None:
     columns = query_columns(Dataset.open(sources[0]))
     assert columns[-1] == "score" and "emb" not in columns and "sha256" not in columns
     assert json.dumps(columns)
+
+
+KILLED = """
+from test_shards_reshard import Dataset, reshard
+def work(folder):
+    source = folder.rpartition("/")[0] + "/source"
+    reshard([source], folder, order="shuffle:2", split="train:0.7,val:0.3", shard_bytes=61_440, workers=2)
+"""
+
+
+def kill_at_random_moments(path: Path, times: int) -> None:
+    made(path / "source", range(240), shard_bytes=SHARD)
+    catalog = Dataset.open(path / "source").catalog
+    catalog.add_column("emb", np.arange(240 * 4, dtype=np.float32).reshape(240, 4))
+    began = time.monotonic()
+    reshard([path / "source"], path / "whole", order="shuffle:2", split="train:0.7,val:0.3", shard_bytes=61_440, workers=2)
+    whole_s = time.monotonic() - began
+    moments, killed = random.Random(times), 0
+    with killing(KILLED) as kill:
+        for i in range(times):
+            # each out goes through up to three kills before it is let through
+            out = path / f"out{i // 3}"
+            killed += kill(out, moments.uniform(0.02, 1.0) * whole_s)
+            if (out / "dataset.json").exists():
+                assert content(path / "whole").items() <= content(out).items(), "once there is a data set, it is whole"
+    assert killed
+    for out in sorted(path.glob("out*")):
+        done = reshard([path / "source"], out, order="shuffle:2", split="train:0.7,val:0.3", shard_bytes=61_440)
+        assert done.there + done.written == 240
+        assert content(out) == content(path / "whole")
+    assert lint(path / "out0") == []
+
+
+def test_kill_9(tmp_path: Path) -> None:
+    kill_at_random_moments(tmp_path, 3)
+
+
+@pytest.mark.long
+def test_kill_9_many_times(tmp_path: Path) -> None:
+    kill_at_random_moments(tmp_path, 20)
+
+
+def test_changed_bytes_are_not_copied(sources: list[Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources[0], source)
+    dataset = Dataset.open(source)
+    for member in range(3):
+        offset, size = int(dataset.catalog.column("offset")[4, member]), int(dataset.catalog.column("size")[4, member])
+        shard = source / dataset.meta.shards[int(dataset.shard_of_row[4])].name
+        before = shard.read_bytes()
+        shard.write_bytes(
+            before[: offset + size // 2] + bytes([before[offset + size // 2] ^ 1]) + before[offset + size // 2 + 1 :]
+        )
+        with pytest.raises(DatasetError, match=rf"{clip(4).key}\.{dataset.meta.members[member]} in .* has a wrong checksum"):
+            reshard([source], tmp_path / "out")
+        assert not (tmp_path / "out" / "dataset.json").exists()
+        shard.write_bytes(before)
+    reshard([source], tmp_path / "out")
+    reshard(sources[:1], tmp_path / "sound")
+    tars = [p.name for p in (tmp_path / "out").glob("*.tar")]
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "sound" / n).read_bytes() for n in tars)
+
+
+def test_shards_are_cut_as_the_writer_cuts_them(sources: list[Path], tmp_path: Path) -> None:
+    for shard_bytes in (10_240, 61_440, 102_400, 150_000, 1 << 30):
+        reshard(sources[:1], tmp_path / f"{shard_bytes}", shard_bytes=shard_bytes)
+        made(tmp_path / f"written{shard_bytes}", range(12), shard_bytes=shard_bytes)
+        tars = {n: b for n, b in content(tmp_path / f"{shard_bytes}").items() if n.endswith((".tar", ".idx"))}
+        assert tars == {n: b for n, b in content(tmp_path / f"written{shard_bytes}").items() if n.endswith((".tar", ".idx"))}
+
+
+def test_a_shard_has_clips_of_one_split(sources: list[Path], tmp_path: Path) -> None:
+    reshard(sources, tmp_path / "out", split="train:0.6,val:0.4", order="shuffle:4")
+    out = Dataset.open(tmp_path / "out")
+    splits = out.catalog.texts("split").tolist()
+    assert splits == sorted(splits) and len(out.meta.shards) == 2
+    assert [{splits[i] for i in np.flatnonzero(out.shard_of_row == s)} for s in (0, 1)] == [{"train"}, {"val"}]
+    assert out.meta.provenance["reshard"]["split"] == "train:0.6,val:0.4"
+    assert [s["clips"] for s in out.meta.provenance["reshard"]["sources"]] == [12, 10]
+    again = reshard([tmp_path / "out"], tmp_path / "one", split="everything:1")
+    assert again.shards == 1 and lint(tmp_path / "one") == []
+    assert {f.split for f in Dataset.open(tmp_path / "one").catalog.facts()} == {"everything"}

@@ -8,9 +8,6 @@ import os
 import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import killing
 from media import make_clip, tiny_profile
 
 from cmacc.shards import catalog_writer as catalog_module
@@ -251,54 +249,23 @@ def test_interrupted_after_dataset_json_had_its_name(tmp_path: Path, monkeypatch
     assert_holds(tmp_path, clips)
 
 
-CHILD = """
-import os, signal, sys, time
-sys.path[:0] = {path!r}
+WORK = """
 from test_shards_writer import SHARD, plain_clip, tiny_profile, DatasetWriter
-for line in sys.stdin:
-    folder, delay = line.split()
-    child = os.fork()
-    if child == 0:
-        with DatasetWriter(folder, tiny_profile(), shard_bytes=SHARD) as w:
-            for i in range(10_000):
-                clip = plain_clip(i)
-                if clip.key not in w.keys:
-                    w.add(clip)
-        os._exit(0)
-    time.sleep(float(delay))
-    os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+def work(folder):
+    with DatasetWriter(folder, tiny_profile(), shard_bytes=SHARD) as w:
+        for i in range(10_000):
+            clip = plain_clip(i)
+            if clip.key not in w.keys:
+                w.add(clip)
 """
-
-
-@contextmanager
-def killing() -> Iterator[Callable[[Path, float], None]]:
-    """A process that forks writers and kills them on request; kill(folder, seconds)."""
-    here = [str(Path(__file__).parent)]
-    code = CHILD.format(path=here)
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin and child.stdout
-    stdin, stdout = child.stdin, child.stdout
-
-    def kill(folder: Path, delay: float) -> None:
-        stdin.write(f"{folder} {delay}\n")
-        stdin.flush()
-        assert int(stdout.readline()) == -signal.SIGKILL
-
-    try:
-        yield kill
-    finally:
-        stdin.close()
-        child.wait(30)
-        stdout.close()
 
 
 def kill_at_random_moments(path: Path, times: int) -> None:
     clips = [plain_clip(i) for i in range(400)]
     moments = random.Random(times)
-    with killing() as kill:
+    with killing(WORK) as kill:
         for _ in range(times):
-            kill(path / "set", moments.uniform(0.05, 1.2))
+            assert kill(path / "set", moments.uniform(0.05, 1.2))
             if (path / "set" / "dataset.json").exists():
                 assert_holds(path / "set", clips)
     done = len(Dataset.open(path / "set"))
