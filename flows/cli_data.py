@@ -10,6 +10,8 @@ import typer
 
 from cmacc.flows.console import app, call_flow, escape, out_console, print_table
 
+_WHICH, _HOW = "Which clips", "How they lie"
+
 
 @app.command(
     epilog="Example: [bold]cmacc reshard data/audioset --out data/dogs "
@@ -17,19 +19,48 @@ from cmacc.flows.console import app, call_flow, escape, out_console, print_table
 )
 def reshard(
     sources: Annotated[list[str], typer.Argument(help="Data sets: folders or fsspec URLs.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new data set.")],
-    where: Annotated[str | None, typer.Option(help="SQL expression over the catalog's columns.")] = None,
-    order: Annotated[str, typer.Option(help="source, shuffle:SEED or by:COLUMN.")] = "source",
-    shard_mb: Annotated[int, typer.Option(help="MiB a shard.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Take the first so many.")] = None,
-    split: Annotated[str | None, typer.Option(help="New splits by source video, as train:0.9,val:0.1.")] = None,
-    members: Annotated[str | None, typer.Option(help="Media members to keep, as mp4,flac.")] = None,
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the new data set.")],
+    where: Annotated[str | None, typer.Option(help="SQL expression over the catalog's columns.", rich_help_panel=_WHICH)] = None,
+    balance: Annotated[
+        str | None, typer.Option(help="labels or a column: as many clips for each of its values.", rich_help_panel=_WHICH)
+    ] = None,
+    dedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave out clips whose embedding has this cosine with an earlier one's, as 0.95.", rich_help_panel=_WHICH
+        ),
+    ] = None,
+    diverse: Annotated[
+        int | None, typer.Option(help="So many clips that cover all, by k-means++ over embeddings.", rich_help_panel=_WHICH)
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="NAME of `cmacc embed`, or a column, if there are several.", rich_help_panel=_WHICH)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many.", rich_help_panel=_WHICH)] = None,
+    order: Annotated[str, typer.Option(help="source, shuffle:SEED or by:COLUMN.", rich_help_panel=_HOW)] = "source",
+    split: Annotated[
+        str | None,
+        typer.Option(help="New splits by source video, as train:0.9,val:0.1; shards of one split.", rich_help_panel=_HOW),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="At most, as 512MB or 256MiB.", rich_help_panel=_HOW)] = "256MiB",
+    members: Annotated[str | None, typer.Option(help="Media members to keep, as mp4,flac.", rich_help_panel=_HOW)] = None,
+    transcode: Annotated[
+        str | None,
+        typer.Option(help="Decode and encode anew: h264, or h264:short_side=112,fps=16,gop=16.", rich_help_panel=_HOW),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Shards (or clips to transcode) at work at once; default: one a core.", rich_help_panel=_HOW),
+    ] = None,
 ) -> None:
-    """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded."""
+    """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded. The same command continues."""
     from cmacc.flows.reshard import reshard as flow
 
     kept = members.split(",") if members else None
-    done = call_flow(flow, sources, str(out), where=where, order=order, shard_mb=shard_mb, limit=limit, split=split, members=kept)
+    done = call_flow(
+        flow, sources, out, where=where, order=order, shard_size=shard_size, limit=limit, split=split, balance=balance,
+        dedup=dedup, diverse=diverse, embedding=embedding, members=kept, transcode=transcode, workers=workers,
+    )  # fmt: skip
     print_table(f"reshard: {out}", done)
 
 
