@@ -1,4 +1,4 @@
-"""What several test files share: an isolated Prefect, one small ingested world, the folder of real recordings."""
+"""What several test files share: an isolated Prefect, servers of a database and of a bucket, the folder of real recordings."""
 
 from __future__ import annotations
 
@@ -68,6 +68,29 @@ def postgres(postgres_server: str) -> str:
     with engine.connect() as db:
         db.execute(sqlalchemy.text(f"create database {name}"))
     return str(sqlalchemy.make_url(postgres_server).set(database=name).render_as_string(hide_password=False))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of a bucket behind a real S3 endpoint on 127.0.0.1, which children that inherit the environment reach as well."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # one that was made earlier asks the real S3
+        files = s3fs.S3FileSystem()
+        files.call_s3("create_bucket", Bucket="tests")
+        yield "s3://tests"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 class Cmacc:
