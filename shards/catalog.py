@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
@@ -189,8 +189,11 @@ class Catalog:
         if self._group is None:
             try:
                 files, path = fsspec.core.url_to_fs(self.url)
-                where = path if isinstance(files, LocalFileSystem) else self.url
-                self._group = zarr.open_group(where, mode="r+" if self._writable else "r", zarr_format=3)
+                local = isinstance(files, LocalFileSystem)
+                # a listing that is kept would not show columns that were added since
+                options = None if local else {"use_listings_cache": False}
+                mode: Literal["r", "r+"] = "r+" if self._writable else "r"
+                self._group = zarr.open_group(path if local else self.url, mode=mode, zarr_format=3, storage_options=options)
             except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as e:
                 raise DatasetError(f"no catalog can be read at {self.url} ({e}); opening it for writing mends it") from e
         return self._group

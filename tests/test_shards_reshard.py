@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from killing import killing
 from media import make_clip, tiny_profile
 
+from cmacc.shards import writer as writer_module
 from cmacc.shards.choice import parse_split, split_of
-from cmacc.shards.clip import Clip
+from cmacc.shards.clip import Clip, Facts
+from cmacc.shards.columns import create_array
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
+from cmacc.shards.place import place
 from cmacc.shards.query import matching, query_columns
 from cmacc.shards.reshard import reshard
 from cmacc.shards.writer import DatasetWriter
@@ -328,3 +332,52 @@ def test_a_shard_has_clips_of_one_split(sources: list[Path], tmp_path: Path) -> 
     again = reshard([tmp_path / "out"], tmp_path / "one", split="everything:1")
     assert again.shards == 1 and lint(tmp_path / "one") == []
     assert {f.split for f in Dataset.open(tmp_path / "one").catalog.facts()} == {"everything"}
+
+
+def test_to_and_from_a_bucket(sources: list[Path], s3: str, tmp_path: Path) -> None:
+    options = {"order": "shuffle:3", "split": "train:0.5,val:0.5", "shard_bytes": SHARD}
+    reshard(sources, tmp_path / "local", **options)
+    there = f"{s3}/{tmp_path.name}"
+    seen: list[bool] = []
+
+    def visible(done: int, total: int) -> None:
+        seen.append(place(there).size("dataset.json") is not None)
+        if done > 2 and len(seen) < 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard(sources, there, on_progress=visible, **options)
+    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+        Dataset.open(there)
+    done = reshard(sources, there, **options)
+    assert done.there > 0 and done.there + done.written == 20 and not any(seen)
+    assert lint(there) == []
+    uploaded = {name: place(there).read(name) for name in place(there).names() if "." in name and not name.endswith(".zarr")}
+    assert uploaded == {n: b for n, b in content(tmp_path / "local").items() if "/" not in n}
+    back = reshard([there], tmp_path / "back", where="list_contains(labels, 'cat')", members=("flac",), workers=2)
+    assert 0 < back.written < 20 and lint(tmp_path / "back") == []
+    assert Dataset.open(tmp_path / "back").catalog.added == ["emb", "score"]
+    assert reshard(sources, there, **options).written == 0
+
+
+def test_what_an_earlier_version_wrote(sources: list[Path], tmp_path: Path) -> None:
+    """Json members without the later facts, and a catalog without digests of them: new splits, and the digests come along."""
+    source = tmp_path / "source"
+    real = writer_module.facts_to_json
+
+    def without(facts: Facts) -> bytes:
+        return json.dumps({k: v for k, v in json.loads(real(facts)).items() if k != "captions"}, sort_keys=True).encode()
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(writer_module, "facts_to_json", without)
+        made(source, range(6))
+    digests = zarr.open_group(source / "catalog.zarr", mode="r+")
+    kept = digests["sha256"][:, :2]
+    del digests["sha256"]
+    create_array(digests, "sha256", kept.shape, "uint8")[:] = kept
+    reshard([source], tmp_path / "out", split="hold\u00e9out:0.5,b:0.5")
+    out = Dataset.open(tmp_path / "out")
+    assert out.catalog.shape("sha256") == (6, 3, 32) and lint(tmp_path / "out") == []
+    assert set(out.catalog.texts("split")) == {"hold\u00e9out", "b"}
+    assert [out.read(i, check=True) for i in range(6)]
+    assert "captions" not in json.loads(out.read(0)["json"])
