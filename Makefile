@@ -37,6 +37,7 @@ bench: .venv/.ready
 	$(BIN)/python infra/bench/bench.py
 	$(BIN)/python infra/bench/ingest.py
 	$(BIN)/python infra/bench/ingest.py --memory
+	$(BIN)/python infra/bench/shards.py
 
 # video2dataset, 6 GB in an environment of its own, so that `make bench` can run it beside ingest. Needs Python 3.11.
 bench-peers: .venv/.ready

@@ -4,11 +4,12 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 
 `clip.Clip`, `clip.Facts`, `profile.Profile`   what a clip is, and how it is encoded
 `writer.DatasetWriter`                         clips in; shards committed one by one, whatever happens
-`dataset.Dataset`                              a clip's bytes by row number, from a folder or any fsspec URL
+`dataset.Dataset`, `cache.Cache`               a clip's bytes by row or key, from a folder or any fsspec URL
 `catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
-`lint.lint`, `describe.describe`, `contact_sheet`  is it sound, and what is in it
+`foreign.index_shards`                         tars that others wrote, made a data set where they lie
+`lint.lint`, `describe.describe`, `page.write_page`  is it sound, and what is in it
 `errors.DatasetError`                          what goes wrong, in one sentence
 
 Importing this room imports neither torch nor any of its modules: name the one you need.

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from numpy.typing import NDArray
+
 from cmacc.shards.catalog_writer import CATALOG, CatalogWriter, Entry
 from cmacc.shards.clip import Clip, Facts
 from cmacc.shards.dataset import META, Meta, Shard
@@ -268,6 +270,7 @@ def _catalog(home: Place, meta: Meta) -> CatalogWriter:
         catalog.grow()
         return catalog
     log.warning("%s/%s lost rows; making it again from the shards", home.url, CATALOG)
+    added = _added(catalog)
     catalog = CatalogWriter.create(home, meta.members)
     for number, shard in enumerate(meta.shards):
         catalog.append(number, _rows_of(home.open(shard.name), f"{home.url}/{shard.name}", meta.members))
@@ -275,7 +278,21 @@ def _catalog(home: Place, meta: Meta) -> CatalogWriter:
         raise DatasetError(
             f"the shards of {home.url} hold {catalog.rows} clips, dataset.json says {meta.clips}; run `cmacc lint`"
         )
+    for name, (values, attrs) in added.items():
+        catalog.add_column(name, values, attrs)
     return catalog
+
+
+def _added(catalog: CatalogWriter) -> dict[str, tuple[NDArray[Any], dict[str, Any]]]:
+    """Columns added later that can still be read: no shard has them."""
+    found = {}
+    try:
+        for name in catalog.added:
+            with contextlib.suppress(Exception):  # whatever zarr or a codec makes of a damaged file
+                found[name] = catalog.column(name), catalog.attrs(name)
+    except DatasetError:
+        log.warning("columns that were added to %s are lost; compute them again", catalog.url)
+    return found
 
 
 def _rows_of(tar: BinaryIO, where: str, members: tuple[str, ...]) -> list[Entry]:

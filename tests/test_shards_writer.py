@@ -338,6 +338,7 @@ def test_full_disk_while_committing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_catalog_is_made_again_from_the_shards(tmp_path: Path, damage: str) -> None:
     clips = [plain_clip(i) for i in range(6)]
     write(tmp_path, clips[:5])
+    Dataset.open(tmp_path).catalog.add_column("mine", np.arange(5.0), {"by": "me"})
     catalog = tmp_path / "catalog.zarr"
     if damage == "gone":
         shutil.rmtree(catalog)
@@ -349,6 +350,10 @@ def test_catalog_is_made_again_from_the_shards(tmp_path: Path, damage: str) -> N
         (catalog / "size" / "zarr.json").write_text(json.dumps(meta))
     else:
         (catalog / "duration_s" / "c" / "0").write_bytes(b"garbage" if damage == "garbage" else b"")
+    write(tmp_path, clips[:5])
+    found = Dataset.open(tmp_path).catalog
+    assert found.added == ([] if damage == "gone" else ["mine"])
+    assert damage == "gone" or (found.column("mine").tolist() == [0, 1, 2, 3, 4] and found.attrs("mine") == {"by": "me"})
     write(tmp_path, clips)
     assert lint(tmp_path, samples=0) == []
     assert_holds(tmp_path, clips)
