@@ -75,6 +75,9 @@ def ingest(
     """
     if not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"workers is {workers}; give 1 to {MOST_WORKERS}")
+    if "://" in out:
+        said = f"{out} is not a local folder, which the ledger and the staged clips want"
+        raise ValueError(f"{said}; ingest into one, then `cmacc reshard FOLDER --out {out}` copies it there")
     causes = [_cause(name) for name in retry or ()]
     kind = profile(
         profile_name,
@@ -99,8 +102,8 @@ def ingest(
     if not config.fetch.max_bytes:
         # a download that is larger than its share of the room on the disk is ended before it fills it
         config = replace(config, fetch=replace(config.fetch, max_bytes=int(config.scratch_gb * 1e9 / workers)))
-    said = Captions(Path(captions)) if captions else None
-    lists = [_read(text, manifest_format, url_template, label_column, said, segment_s, allow_private) for text in manifests]
+    spoken = Captions(Path(captions)) if captions else None
+    lists = [_read(text, manifest_format, url_template, label_column, spoken, segment_s, allow_private) for text in manifests]
     home = Path(out)
     # Names without folders: the same clips give the same bytes, wherever their lists lie.
     made_by = {"manifests": [Path(m.name).name for m in lists], "versions": {n: version(n) for n in ("cmacc", "av", "yt-dlp")}}

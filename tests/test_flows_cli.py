@@ -82,6 +82,7 @@ def test_lint_and_reshard(cmacc, data: Path, tmp_path: Path) -> None:  # type: i
     [
         (("ingest", "none.csv", "--out", "x"), "none.csv"),
         (("ingest", "none.csv", "--out", "x", "--workers", "0"), "workers is 0; give 1 to"),
+        (("ingest", "none.csv", "--out", "s3://bucket/x"), "s3://bucket/x is not a local folder"),
         (("ingest", "none.csv", "--out", "x", "--profile", "h266"), "profile 'h266' is not known; use one of"),
         (("ingest", "none.csv", "--out", "x", "--retry", "rain"), "there is no cause 'rain' to retry"),
         (("pretrain", "nowhere", "--out", "x"), "nowhere does not exist; give the folder"),

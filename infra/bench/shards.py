@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from peers.webdataset_loop import webdataset_loop
 
 from cmacc.shards.catalog import Ragged
 from cmacc.shards.catalog_writer import CatalogWriter, Column
@@ -112,6 +111,8 @@ def reshard_files(source: str, out: str) -> int:
 
 
 def loop_files(source: str, out: str) -> int:
+    from peers.webdataset_loop import webdataset_loop  # here: it brings torch, which must not count as ours
+
     return webdataset_loop(Path(source), Path(out), fits, SHARD_BYTES)
 
 
