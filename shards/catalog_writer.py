@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmacc.shards.catalog import Catalog
+from cmacc.shards.catalog import Catalog, Ragged
 from cmacc.shards.clip import Facts
 from cmacc.shards.columns import BUILT_IN, FACTS, LATER, LISTS, create_columns, create_fact
 from cmacc.shards.index import Member
 from cmacc.shards.place import Place
 
 CATALOG = "catalog.zarr"
+Column = NDArray[Any] | Ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,25 @@ class CatalogWriter(Catalog):
             create_columns(folder, tuple(members))
             home.put(folder, CATALOG)
         return cls(home, 0, members)
+
+    @classmethod
+    def write(cls, home: Place, members: Sequence[str], columns: dict[str, Column], words: dict[str, list[str]]) -> CatalogWriter:
+        """A whole catalog in place of whatever was there. columns: every built-in one, an array (n, ...) or lists of n rows;
+        words: the vocabularies of `labels` and `split`."""
+        with home.aside(CATALOG) as folder:
+            group = create_columns(folder, tuple(members))
+            for name, values in columns.items():
+                pair = {"values": values.values, "offsets": values.offsets} if isinstance(values, Ragged) else {"": values}
+                for part, array in pair.items():
+                    node = group[f"{name}/{part}".rstrip("/")]
+                    node.resize(array.shape)
+                    step = node.shards[0]
+                    for at in range(0, len(array), step):
+                        node[at : at + step] = array[at : at + step].astype(node.dtype, casting="same_kind", copy=False)
+            for name, vocabulary in words.items():
+                group[name].update_attributes({"vocabulary": vocabulary})
+            home.put(folder, CATALOG)
+        return cls(home, len(columns["shard"]), members)
 
     def append(self, shard: int, entries: Sequence[Entry]) -> None:
         """Write the rows of one shard after the rows that count, and count them; on disk when it returns."""

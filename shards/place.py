@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Protocol, cast
@@ -19,8 +19,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cmacc.shards.errors import DatasetError
-from cmacc.shards.publish import PartFile, clear_parts, no_room_as, publish, sync_directory, sync_tree
+from cmacc.shards.publish import PartFile, clear_parts, publish, sync_directory, sync_tree
 
+Data = bytes  # its name, inside classes that have a property of that name
 _UPLOAD_BYTES = 16 << 20  # of a part of a multipart upload; each open upload holds one or two in memory
 
 
@@ -31,7 +32,8 @@ class Part(Protocol):
     def bytes(self) -> int: ...
     @property
     def sha256(self) -> str: ...
-    def write(self, data: Any) -> int: ...
+    def write(self, data: Data) -> int: ...
+    def write_all(self, parts: Sequence[Data]) -> None: ...
     def sync(self) -> None: ...
     def publish(self) -> None: ...
     def discard(self) -> None: ...
@@ -97,12 +99,10 @@ def place(url: str | os.PathLike[str]) -> Place:
 
 
 class Folder:
-    """A place on a local disk; made when it is not there."""
+    """A place on a local disk; made with the first thing that is put there."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.url = path, str(path)
-        with no_room_as(DatasetError, f"no room on the disk of {path}; free some and start again"):
-            path.mkdir(parents=True, exist_ok=True)
 
     def create(self, name: str) -> PartFile:
         return PartFile(self._parent(name))
@@ -172,6 +172,7 @@ class Folder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held by flock: it goes with the process, however that ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
@@ -281,12 +282,16 @@ class Upload:
         self._file = files.open(path, "wb", autocommit=False, block_size=_UPLOAD_BYTES)
         self._files = files
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Data) -> int:
         """Write all of `data`. Raises OSError."""
         self._file.write(data)
         self._sha256.update(data)
         self.bytes += len(data)
         return len(data)
+
+    def write_all(self, parts: Sequence[Data]) -> None:
+        """Write many pieces. Raises OSError."""
+        self.write(b"".join(parts))
 
     @property
     def sha256(self) -> str:

@@ -6,10 +6,11 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _PART = ".part"
+_PIECES = min(1024, os.sysconf("SC_IOV_MAX"))
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -35,6 +36,22 @@ class PartFile:
             self.bytes += done
             view = view[done:]
         return len(data)
+
+    def write_all(self, parts: Sequence[bytes]) -> None:
+        """Write many pieces in few calls. Raises OSError."""
+        for part in parts:
+            self._sha256.update(part)
+        for begin in range(0, len(parts), _PIECES):
+            some = parts[begin : begin + _PIECES]
+            size = sum(map(len, some))
+            done = os.writev(self._fd, some)
+            self.bytes += done
+            if done < size:  # a signal, or a disk that is about to be full: then this raises
+                rest = memoryview(b"".join(some))[done:]
+                while rest:
+                    done = os.write(self._fd, rest)
+                    self.bytes += done
+                    rest = rest[done:]
 
     @property
     def sha256(self) -> str:

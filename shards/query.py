@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
-from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cmacc.shards.columns import FACTS, TEXTS
+from cmacc.shards.columns import FACTS
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 
 _OWN = ("key", "source", "split", "labels", "keyframes", "bytes", "shard", *FACTS, "duplicate_of")
+_SETTINGS = ("python_enable_replacements = false", "enable_external_access = false", "lock_configuration = true")
 
 
 def query_columns(dataset: Dataset) -> list[str]:
@@ -23,24 +24,13 @@ def query_columns(dataset: Dataset) -> list[str]:
     return [*_OWN, *(c for c in catalog.added if c.isidentifier() and catalog.shape(c) == (len(dataset),))]
 
 
-def column_values(dataset: Dataset, name: str) -> NDArray[Any]:
-    """Values of one of `query_columns`, (n,): numbers, strings, or lists (dtype object). Raises DatasetError for another name."""
+def column_values(dataset: Dataset, name: str) -> pa.Array:
+    """Values of one of `query_columns`, (n,), as Arrow has them. Raises DatasetError for another name."""
     if name not in query_columns(dataset):
         raise DatasetError(f"{dataset.url} has no column {name!r} to ask for; there are {', '.join(query_columns(dataset))}")
-    catalog = dataset.catalog
-    if name in TEXTS:
-        return catalog.texts(name)
     if name == "bytes":
-        return np.asarray(catalog.column("size").sum(axis=1))
-    if name in ("labels", "keyframes"):
-        lists = np.empty(len(dataset), dtype=object)
-        if name == "labels":
-            lists[:] = [list(labels) for labels in catalog.labels()]
-        else:
-            values, offsets = catalog.ragged(name)
-            lists[:] = [values[a:b].tolist() for a, b in pairwise(offsets)]
-        return lists
-    return catalog.column(name)
+        return pa.array(dataset.catalog.column("size").sum(axis=1))
+    return dataset.catalog.arrow(name)
 
 
 def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
@@ -55,17 +45,26 @@ def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
     # only columns that are named are read: the others of ten million rows stay where they are
     words = {word.lower() for word in re.findall(r"\w+", where)}
     named = {c: column_values(dataset, c) for c in query_columns(dataset) if c.lower() in words}
-    table = {c: v.astype(object) if v.dtype.kind == "T" else v for c, v in named.items()}
     with duckdb.connect(":memory:") as db:
-        db.register("columns", {"row": rows, **table})
-        db.execute("CREATE TABLE clips AS SELECT * FROM columns")
-        db.unregister("columns")
-        for setting in ("python_enable_replacements = false", "enable_external_access = false", "lock_configuration = true"):
+        for setting in _SETTINGS:
             db.execute(f"SET {setting}")
         try:
-            found = db.table("clips").filter(duckdb.SQLExpression(where)).project("row").fetchnumpy()["row"]
+            db.register("clips", pa.table({"row": rows, **named}))
+            found = db.view("clips").filter(duckdb.SQLExpression(where)).project("row").fetchnumpy()["row"]
         except duckdb.Error as e:
             reason = str(e).splitlines()[0].strip()
             known = ", ".join(query_columns(dataset))
             raise DatasetError(f"where {where!r} is not understood: {reason}; columns are {known}") from e
     return np.sort(np.asarray(found, dtype=np.int64))
+
+
+def sorted_by(datasets: list[Dataset], rows: list[NDArray[np.int64]], name: str) -> NDArray[np.int64]:
+    """Positions in the chosen rows of all data sets, ascending by a column, int64; what is equal stays in its order, NaN is last.
+
+    Raises DatasetError for a column that is not there, or that holds lists.
+    """
+    values = [column_values(d, name).take(pa.array(r)) for d, r in zip(datasets, rows, strict=True)]
+    if any(pa.types.is_large_list(v.type) for v in values):
+        raise DatasetError(f"order by:{name} makes no sense: {name} holds lists; take a column of numbers or names")
+    plain = [v.cast(pa.large_string()) if pa.types.is_dictionary(v.type) else v for v in values]
+    return np.asarray(pc.sort_indices(pa.chunked_array(plain)), dtype=np.int64)

@@ -1,48 +1,64 @@
-"""Data sets in, another data set out: filter, subset, merge, order, split, resize; bytes are copied, nothing is decoded."""
+"""Data sets in, another data set out: filter, subset, merge, order, split, resize; bytes are copied, nothing is decoded.
+
+A plan says which clips come in which order, a layout where each byte of theirs will lie; then every shard is a piece of work
+by itself. What is done is noted in `OUT/.reshard/`, so that the same command goes on after a kill; the catalog and
+`dataset.json` come last, and until then there is no data set.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 import cmacc
+from cmacc.shards.catalog import Catalog, Ragged
+from cmacc.shards.catalog_writer import CatalogWriter, Column
+from cmacc.shards.choice import Choice, Pick, Plan, make_plan
 from cmacc.shards.clip import Clip
-from cmacc.shards.dataset import META, Dataset, Meta
+from cmacc.shards.columns import FACTS, LISTS
+from cmacc.shards.copying import Copied, copy_shard, read_clips
+from cmacc.shards.dataset import META, Dataset, Meta, Shard
 from cmacc.shards.errors import DatasetError
-from cmacc.shards.facts import facts_from_json
+from cmacc.shards.gather import gather, gather_dense
+from cmacc.shards.layout import Layout, lay_out
+from cmacc.shards.place import Folder, Place, place
 from cmacc.shards.profile import Profile
-from cmacc.shards.query import column_values, matching
+from cmacc.shards.publish import no_room_as
 from cmacc.shards.writer import DatasetWriter
 
 log = logging.getLogger(__name__)
 
-
-class Plan(NamedTuple):
-    """Which clips, in which order: numbers of source and row, (n,). duplicates: clips left out, their key came before."""
-
-    source: NDArray[np.int32]
-    row: NDArray[np.int64]
-    duplicates: int
+_NOTES = ".reshard"
+_REMOTE_WORKERS = 8
+_NO_PLAN = Plan(np.zeros(0, np.int32), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
 class Resharded:
-    """What a reshard did. selected = written + there already (+ left out by the transcoder)."""
+    """What a reshard did, in clips. selected = written + there already (+ left out by the transcoder).
+
+    duplicates: left out because their key came before; near: because their like did (dedup). fingerprint: of dataset.json.
+    """
 
     selected: int
     written: int
     there: int
     duplicates: int
+    near: int
+    shards: int
+    bytes: int
     fingerprint: str
 
 
@@ -55,156 +71,304 @@ def reshard(
     shard_bytes: int = 256 * 2**20,
     limit: int | None = None,
     split: str | None = None,
+    balance: str | None = None,
+    dedup: float | None = None,
+    diverse: int | None = None,
+    embedding: str | None = None,
     members: Sequence[str] | None = None,
+    pick: Pick | None = None,
     transcode: Callable[[Iterator[Clip]], Iterable[Clip]] | None = None,
     profile: Profile | None = None,
-    on_commit: Callable[[str, list[str]], None] | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Resharded:
-    """Copy chosen clips of `sources` into the data set `out`; running it again continues where it stopped.
+    """Copy chosen clips of `sources` into the data set `out`, folders or fsspec URLs; the same call continues where it stopped.
 
-    where: an SQL expression over the catalog's columns. order: `source`, `shuffle:SEED` or `by:COLUMN` (ascending).
-    limit: take the first so many after ordering. split: e.g. `train:0.9,val:0.1`, decided by a hash of the source video,
-    so that no video is in two splits; without it clips keep theirs. members: media extensions to keep (default: all).
+    where, order, limit, split, balance, dedup, diverse, embedding: see `Choice`. pick: how diverse clips are picked.
+    members: media extensions to keep (default: all). workers: shards at work at once (default: one a core).
     transcode, profile: a function from clips to clips of that profile, for data sets that shall be encoded anew.
-    Columns added to all the sources (embeddings) come along, unless clips are transcoded. Raises DatasetError.
+    Columns added to all the sources (embeddings) come along, unless clips are transcoded.
+    on_progress: called with clips done and clips in all. Raises DatasetError.
     """
+    choice = Choice(where, order, dedup, balance, diverse, limit, split, embedding)
     opened = [Dataset.open(s) for s in sources]
-    kind, kept = _common(opened, members)
     if (transcode is None) != (profile is None):
         raise DatasetError("a transcoder needs the profile it encodes to, and a profile needs a transcoder: give both or none")
-    shares = parse_split(split) if split else None
-    made_by: dict[str, Any] = {
-        "sources": [{"fingerprint": d.fingerprint, "clips": len(d)} for d in opened],
-        "where": where, "order": order, "limit": limit, "split": split, "members": list(kept),
-    }  # fmt: skip
-    _refuse_another(Path(out), made_by)
-    plan = make_plan(opened, where=where, order=order, limit=limit)
-    if not len(plan.row):
-        raise DatasetError(f"no clip of {', '.join(d.url for d in opened)} fits where {where!r}; nothing was written")
-    provenance = {"reshard": made_by, "versions": {"cmacc": cmacc.__version__, "duckdb": duckdb.__version__}}
-    out_members = profile.members if profile else (*kept, "json")
-    with DatasetWriter(
-        out, profile or kind, shard_bytes=shard_bytes, provenance=provenance, members=out_members, on_commit=on_commit
-    ) as writer:
-        there = len(writer.keys)
-        clips = _clips(opened, plan, kept, shares, frozenset(writer.keys))
-        for clip in clips if transcode is None else transcode(clips):
-            writer.add(clip)
-        written = len(writer.keys) - there
-    done = Dataset.open(out)
-    if transcode is None:
-        _carry_columns(opened, plan, done)
-    log.info("%s: %d clips written, %d there already, %d duplicate keys left out", done.url, written, there, plan.duplicates)
-    return Resharded(len(plan.row), written, there, plan.duplicates, done.fingerprint)
+    kept = _common(opened, members, transcode is not None)
+    provenance = _provenance(opened, choice, kept, profile, shard_bytes)
+    home = place(out)
+    tell = on_progress or (lambda done, total: None)
+    with no_room_as(DatasetError, f"no room at {home.url}; free some, and the same command continues: what was copied stays"):
+        if transcode is not None and profile is not None:
+            return _transcoded(opened, home, choice, pick, provenance, transcode, profile, shard_bytes, tell)
+        return _Copying(opened, home, choice, pick, kept, shard_bytes, provenance, workers, tell).run()
 
 
-def make_plan(datasets: Sequence[Dataset], *, where: str | None = None, order: str = "source", limit: int | None = None) -> Plan:
-    """Choose and order clips. Of clips with the same key the first source's is taken. Raises DatasetError."""
-    if limit is not None and limit < 1:
-        raise DatasetError(f"limit is {limit}; give 1 or more")
-    rows, seen, duplicates = [], set[str](), 0
-    for dataset in datasets:
-        found = matching(dataset, where)
-        keys = dataset.keys[found].tolist()
-        new = np.array([key not in seen for key in keys], dtype=bool)
-        seen.update(keys)
-        duplicates += len(found) - int(new.sum())
-        rows.append(found[new])
-    source = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-    row = np.concatenate(rows)
-    kind, _, value = order.partition(":")
-    if order == "source":
-        turn = np.arange(len(row))
-    elif kind == "shuffle" and value.isdecimal():
-        draws = np.random.Philox(key=np.array([int(value), 0], dtype=np.uint64)).random_raw(len(row))
-        turn = np.argsort(draws, kind="stable")
-    elif kind == "by" and value:
-        turn = np.argsort(np.concatenate([_sortable(d, value)[r] for d, r in zip(datasets, rows, strict=True)]), kind="stable")
+class _Copying:
+    """One reshard that copies. `run` is all of it, step by step; each step finds what an earlier attempt left."""
+
+    def __init__(
+        self,
+        datasets: list[Dataset],
+        home: Place,
+        choice: Choice,
+        pick: Pick | None,
+        members: tuple[str, ...],
+        shard_bytes: int,
+        provenance: dict[str, Any],
+        workers: int | None,
+        tell: Callable[[int, int], None],
+    ) -> None:
+        self.datasets, self.home, self.choice, self.pick = datasets, home, choice, pick
+        self.members, self.shard_bytes, self.provenance, self.tell = members, shard_bytes, provenance, tell
+        local = isinstance(home, Folder) and all("://" not in d.url for d in datasets)
+        self.workers = workers or (os.cpu_count() or 1 if local else _REMOTE_WORKERS)
+
+    def run(self) -> Resharded:
+        question = _question(self.provenance)
+        if (done := self._finished(question)) is not None:
+            return done
+        plan = self._noted(question) or self._planned()
+        with self.home.lock():
+            self.home.clear()
+            plan = self._noted(question) or self._note(plan, question)
+            layout = lay_out(self.datasets, plan, self.members, self.shard_bytes)
+            there, copied = self._copy(plan, layout)
+            meta = self._publish(plan, layout, copied)
+            self.home.remove(_NOTES)
+        log.info("%s: %d clips in %d shards", self.home.url, len(plan.row), layout.count)
+        if plan.duplicates:
+            log.warning("%d clips were left out: a data set named earlier has their keys", plan.duplicates)
+        return _result(meta, Dataset.open(self.home.url).fingerprint, len(plan.row), there, plan)
+
+    def _finished(self, question: dict[str, Any]) -> Resharded | None:
+        """The data set that is there already, if it is this one."""
+        if self.home.size(META) is None:
+            return None
+        dataset = Dataset.open(self.home.url)
+        if _question(dataset.meta.provenance) != question:
+            raise DatasetError(f"{self.home.url} holds clips from elsewhere or of another choice; write to a new folder")
+        self.home.remove(_NOTES)
+        return _result(dataset.meta, dataset.fingerprint, len(dataset), len(dataset), _NO_PLAN)
+
+    def _noted(self, question: dict[str, Any]) -> Plan | None:
+        """The plan of an earlier attempt at the same."""
+        if "question.json" not in self.home.names(_NOTES):
+            return None
+        if json.loads(self.home.read(f"{_NOTES}/question.json")) != question:
+            said = f"{self.home.url} holds a reshard of another choice that was not finished"
+            raise DatasetError(f"{said}; finish it by its own command, or write to a new folder")
+        with np.load(BytesIO(self.home.read(f"{_NOTES}/plan.npz")), allow_pickle=False) as kept:
+            split = kept.get("split")
+            return Plan(kept["source"], kept["row"], split, tuple(kept["splits"].tolist()), *kept["left"].tolist())
+
+    def _planned(self) -> Plan:
+        if tars := [name for name in self.home.names() if name.endswith(".tar")]:
+            raise DatasetError(f"{self.home.url} has shards ({tars[0]}, …) but no dataset.json; write to another folder")
+        plan = make_plan(self.datasets, self.choice, self.pick)
+        if not len(plan.row):
+            raise _nothing(self.datasets, self.choice)
+        return plan
+
+    def _note(self, plan: Plan, question: dict[str, Any]) -> Plan:
+        arrays: dict[str, Any] = plan._asdict()
+        arrays = {k: arrays[k] for k in ("source", "row", "split") if arrays[k] is not None}
+        arrays |= {"splits": np.array(plan.splits, dtype="U"), "left": np.array([plan.duplicates, plan.near])}
+        buffer = BytesIO()
+        np.savez(buffer, **arrays)
+        self.home.publish(f"{_NOTES}/plan.npz", buffer.getvalue())
+        self.home.publish(f"{_NOTES}/question.json", json.dumps(question, sort_keys=True).encode())
+        return plan
+
+    def _copy(self, plan: Plan, layout: Layout) -> tuple[int, list[Copied]]:
+        """Copy all shards that are not there; returns how many clips were, and all the shards."""
+        copied: dict[int, Copied] = {}
+        noted = set(self.home.names(_NOTES))
+        for number in range(layout.count):
+            note = f"{layout.name(number)}.json"
+            if note in noted:
+                done = _from_note(json.loads(self.home.read(f"{_NOTES}/{note}")))
+                if self.home.size(done.shard.name) == done.shard.bytes:
+                    copied[number] = done
+        there = done_clips = sum(c.shard.clips for c in copied.values())
+        total = len(plan.row)
+        self.tell(done_clips, total)
+
+        def work(number: int) -> tuple[int, Copied]:
+            done = copy_shard(self.datasets, plan, layout, number, self.members, self.home)
+            self.home.publish(f"{_NOTES}/{done.shard.name}.json", json.dumps(_note(done)).encode())
+            return number, done
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            tasks = [pool.submit(work, number) for number in range(layout.count) if number not in copied]
+            try:
+                for task in as_completed(tasks):
+                    number, done = task.result()
+                    copied[number] = done
+                    done_clips += done.shard.clips
+                    self.tell(done_clips, total)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return there, [copied[number] for number in range(layout.count)]
+
+    def _publish(self, plan: Plan, layout: Layout, copied: list[Copied]) -> Meta:
+        """The catalog, its added columns and dataset.json, in this order."""
+        columns, words = catalog_columns(self.datasets, plan, layout, self.members, [c.json_sha256 for c in copied])
+        catalog = CatalogWriter.write(self.home, self.members, columns, words)
+        _carry_columns(self.datasets, plan, catalog)
+        first = self.datasets[0].meta
+        meta = Meta(
+            profile=first.profile, foreign=first.foreign, members=self.members, provenance=self.provenance,
+            shards=[c.shard for c in copied],
+        )  # fmt: skip
+        self.home.publish(META, meta.to_bytes())
+        return meta
+
+
+def catalog_columns(
+    datasets: Sequence[Dataset],
+    plan: Plan,
+    layout: Layout,
+    members: Sequence[str],
+    json_sha256: Sequence[NDArray[np.uint8] | None],
+) -> tuple[dict[str, Column], dict[str, list[str]]]:
+    """All built-in columns of the new catalog, and the vocabularies of those that are coded."""
+    columns: dict[str, Column] = {
+        "shard": np.repeat(np.arange(layout.count, dtype=np.int32), np.diff(layout.begin)),
+        "offset": layout.offset,
+        "size": layout.size,
+        "fingerprint": gather_dense(datasets, plan.source, plan.row, "fingerprint"),
+    }
+    if json_sha256 and json_sha256[0] is not None:
+        fresh = np.concatenate([d for d in json_sha256 if d is not None])[:, None]
+        columns["sha256"] = np.concatenate([layout.sha256[:, : len(members) - 1], fresh], axis=1)
     else:
-        raise DatasetError(f"order {order!r} is not known; give source, shuffle:SEED or by:COLUMN")
-    return Plan(source[turn][:limit], row[turn][:limit], duplicates)
+        columns["sha256"] = layout.sha256
+    for name in FACTS:
+        columns[name] = gather_dense(datasets, plan.source, plan.row, name)
+    for name in ("key", "source", "duplicate_of"):
+        texts = layout.keys if name == "key" else gather(datasets, plan.source, plan.row, name)
+        offsets = np.frombuffer(texts.buffers()[1], dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        values = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
+        columns[name] = Ragged(values[offsets[0] : offsets[-1]], offsets - offsets[0])
+    keyframes = gather(datasets, plan.source, plan.row, "keyframes")
+    columns["keyframes"] = Ragged(*_flat(keyframes))
+    labels = gather(datasets, plan.source, plan.row, "labels")
+    coded = pc.dictionary_encode(labels.flatten())
+    columns["labels"] = Ragged(np.asarray(coded.indices, dtype=np.int32), _flat(labels)[1])
+    words = {"labels": coded.dictionary.to_pylist()}
+    if plan.split is None:
+        split = pc.dictionary_encode(gather(datasets, plan.source, plan.row, "split"))
+        columns["split"], words["split"] = np.asarray(split.indices, dtype=np.int16), split.dictionary.to_pylist()
+    else:
+        columns["split"], words["split"] = plan.split, list(plan.splits)
+    assert set(columns) >= {*FACTS, *LISTS}
+    return columns, words
 
 
-def parse_split(text: str) -> list[tuple[str, float]]:
-    """`train:0.9,val:0.1` as names and the share at which each ends: [("train", 0.9), ("val", 1.0)]. Raises DatasetError."""
-    shares, end = [], 0.0
-    for part in text.split(","):
-        name, _, share = part.strip().partition(":")
-        try:
-            end += float(share)
-        except ValueError:
-            end = float("nan")
-        shares.append((name, end))
-    names = [name for name, _ in shares]
-    rising = all(b > a for (_, a), (_, b) in pairwise([("", 0.0), *shares]))
-    if not all(names) or len(set(names)) < len(names) or not rising or abs(end - 1) > 1e-6:
-        raise DatasetError(f"split {text!r} is not understood; give names and shares that make 1, as in train:0.9,val:0.1")
-    return [*shares[:-1], (names[-1], 1.0)]
+def _flat(lists: pa.Array) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    lengths = np.asarray(pc.list_value_length(lists), dtype=np.int64)
+    return np.asarray(lists.flatten()), np.r_[np.int64(0), np.cumsum(lengths)]
 
 
-def split_of(source: str, shares: Sequence[tuple[str, float]]) -> str:
-    """The split of a source video: the same for all its clips, in any data set and at any time."""
-    place = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
-    return next((name for name, end in shares if place < end), shares[-1][0])
+def _carry_columns(datasets: Sequence[Dataset], plan: Plan, out: Catalog) -> None:
+    """Add to `out` the columns that all sources had added, rows in its order."""
+    for name in sorted(set.intersection(*(set(d.catalog.added) for d in datasets))):
+        if len({(d.catalog.shape(name)[1:], d.catalog.column(name, slice(0, 0)).dtype) for d in datasets}) > 1:
+            log.warning("column %s is left out: its shape or type differs between the sources", name)
+            continue
+        values = gather_dense(datasets, plan.source, plan.row, name)
+        out.add_column(name, values, datasets[0].catalog.attrs(name), replace=True)
 
 
-def _common(datasets: Sequence[Dataset], members: Sequence[str] | None) -> tuple[Profile, tuple[str, ...]]:
-    """The profile all sources have, and the media members to keep."""
+def _transcoded(
+    datasets: list[Dataset],
+    home: Place,
+    choice: Choice,
+    pick: Pick | None,
+    provenance: dict[str, Any],
+    transcode: Callable[[Iterator[Clip]], Iterable[Clip]],
+    profile: Profile,
+    shard_bytes: int,
+    tell: Callable[[int, int], None],
+) -> Resharded:
+    """The one way that decodes: clip by clip through `DatasetWriter`, which keeps what was committed."""
+    if home.size(META) is not None:
+        there = Meta.from_bytes(home.read(META), f"{home.url}/{META}")
+        if _question(there.provenance) != _question(provenance):
+            raise DatasetError(f"{home.url} holds clips from elsewhere or of another choice; write to a new folder")
+    plan = make_plan(datasets, choice, pick)
+    if not len(plan.row):
+        raise _nothing(datasets, choice)
+    with DatasetWriter(home.url, profile, shard_bytes=shard_bytes, provenance=provenance) as writer:
+        before = len(writer.keys)
+        for clip in transcode(read_clips(datasets, plan, frozenset(writer.keys))):
+            writer.add(clip)
+            tell(len(writer.keys), len(plan.row))
+        written = len(writer.keys) - before
+    done = Dataset.open(home.url)
+    return _result(done.meta, done.fingerprint, len(plan.row), before, plan, written)
+
+
+def _result(meta: Meta, fingerprint: str, selected: int, there: int, plan: Plan, written: int | None = None) -> Resharded:
+    return Resharded(
+        selected=selected, written=selected - there if written is None else written, there=there, duplicates=plan.duplicates,
+        near=plan.near, shards=len(meta.shards), bytes=sum(s.bytes for s in meta.shards), fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _common(datasets: Sequence[Dataset], members: Sequence[str] | None, decoded: bool) -> tuple[str, ...]:
+    """The members to keep, json with them; all sources must be alike unless they are decoded."""
     if not datasets:
         raise DatasetError("there is nothing to reshard; name one data set or more")
     first = datasets[0]
+    if decoded:
+        if members is not None:
+            raise DatasetError("members cannot be chosen where clips are transcoded; reshard the result once more")
+        return first.meta.members
     for other in datasets[1:]:
-        if other.profile != first.profile or other.meta.members != first.meta.members:
+        if (other.meta.profile, other.meta.members, other.meta.foreign) != (
+            first.meta.profile, first.meta.members, first.meta.foreign,
+        ):  # fmt: skip
             raise DatasetError(f"{first.url} and {other.url} have different profiles; transcode one before merging them")
-    media = first.meta.members[:-1]
+    media = [m for m in first.meta.members if m != "json"]
     unknown = [m for m in members or () if m not in media]
     if unknown or (members is not None and not members):
         raise DatasetError(f"members {', '.join(unknown) or 'none'} cannot be kept; {first.url} has {', '.join(media)}")
-    return first.profile, tuple(m for m in media if members is None or m in members)
+    return tuple(m for m in first.meta.members if members is None or m in members or m == "json")
 
 
-def _refuse_another(out: Path, made_by: dict[str, Any]) -> None:
-    """What is there must come from the same question to the same sources: only then is it continued."""
-    file = out / META
-    if file.exists() and Meta.from_bytes(file.read_bytes(), str(file)).provenance.get("reshard") != made_by:
-        raise DatasetError(f"{out} holds clips that came from elsewhere or by another choice; write to a new folder")
+def _provenance(
+    datasets: Sequence[Dataset], choice: Choice, kept: tuple[str, ...], profile: Profile | None, shard_bytes: int
+) -> dict[str, Any]:
+    made_by: dict[str, Any] = {
+        "sources": [{"url": d.url, "fingerprint": d.fingerprint, "clips": len(d)} for d in datasets],
+        **asdict(choice),
+        "members": [m for m in kept if m != "json"],
+        "profile": profile.to_json() if profile else None,
+        "shard_bytes": shard_bytes,
+    }
+    return {"reshard": made_by, "versions": {"cmacc": cmacc.__version__, "duckdb": duckdb.__version__}}
 
 
-def _sortable(dataset: Dataset, name: str) -> NDArray[Any]:
-    values = column_values(dataset, name)
-    if values.dtype == object:
-        raise DatasetError(f"order by:{name} makes no sense: {name} holds lists; take a column of numbers or names")
-    return values
+def _question(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of which data sets, wherever these lay."""
+    asked = dict(provenance.get("reshard", {}))
+    asked["sources"] = [{k: v for k, v in source.items() if k != "url"} for source in asked.get("sources", ())]
+    return asked
 
 
-def _clips(
-    datasets: Sequence[Dataset],
-    plan: Plan,
-    kept: tuple[str, ...],
-    shares: Sequence[tuple[str, float]] | None,
-    there: frozenset[str],
-) -> Iterator[Clip]:
-    for source, row in zip(plan.source.tolist(), plan.row.tolist(), strict=True):
-        dataset = datasets[source]
-        key = str(dataset.keys[row])
-        if key in there:
-            continue
-        found = dataset.read(row, (*kept, "json"))
-        try:
-            facts = facts_from_json(found.pop("json"))
-        except ValueError as e:
-            raise DatasetError(f"clip {key} of {dataset.url} cannot be copied: {e}; leave it out by key <> '{key}'") from e
-        yield Clip(key, replace(facts, split=split_of(facts.source, shares)) if shares else facts, found)
+def _nothing(datasets: Sequence[Dataset], choice: Choice) -> DatasetError:
+    return DatasetError(f"no clip of {', '.join(d.url for d in datasets)} fits where {choice.where!r}; nothing was written")
 
 
-def _carry_columns(datasets: Sequence[Dataset], plan: Plan, out: Dataset) -> None:
-    """Add to `out` the columns that all sources had added, rows in its order."""
-    added = set.intersection(*(set(d.catalog.added) for d in datasets))
-    begin = np.cumsum([0, *map(len, datasets)])
-    for name in sorted(added):
-        parts = [d.catalog.column(name) for d in datasets]
-        if len({(p.shape[1:], p.dtype) for p in parts}) > 1:
-            log.warning("column %s is left out: its shape or type differs between the sources", name)
-            continue
-        chosen = np.concatenate(parts)[begin[plan.source] + plan.row]
-        out.catalog.add_column(name, chosen, datasets[0].catalog.attrs(name), replace=True)
+def _note(done: Copied) -> dict[str, Any]:
+    fresh = None if done.json_sha256 is None else done.json_sha256.tobytes().hex()
+    return {"shard": done.shard.model_dump(), "json_sha256": fresh}
+
+
+def _from_note(note: dict[str, Any]) -> Copied:
+    fresh = note["json_sha256"]
+    digests = None if fresh is None else np.frombuffer(bytes.fromhex(fresh), dtype=np.uint8).reshape(-1, 32)
+    return Copied(Shard.model_validate(note["shard"]), digests)

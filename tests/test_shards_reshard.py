@@ -17,7 +17,8 @@ from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
 from cmacc.shards.query import matching, query_columns
-from cmacc.shards.reshard import parse_split, reshard, split_of
+from cmacc.shards.choice import parse_split, split_of
+from cmacc.shards.reshard import reshard
 from cmacc.shards.writer import DatasetWriter
 
 SHARD = 102_400
@@ -44,6 +45,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         catalog.add_column("score", 100.0 * i + np.arange(catalog.rows))
         catalog.add_column("emb", np.random.default_rng(i).standard_normal((catalog.rows, 4)).astype(np.float16), {"model": "m"})
     return both
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file of a data set but its lock."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def keys(path: Path) -> list[str]:
@@ -174,24 +180,25 @@ def test_again_continues(sources: list[Path], tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def stop(name: str, keys: list[str]) -> None:
-        if name == "clips-000001.tar":
+    def stop(done: int, total: int) -> None:
+        if done:
             raise Stop
 
-    options = {"order": "shuffle:1", "shard_bytes": SHARD}
+    options = {"order": "shuffle:1", "shard_bytes": SHARD, "split": "a:0.5,b:0.5"}
     with pytest.raises(Stop):
-        reshard(sources, tmp_path / "out", on_commit=stop, **options)
-    there = len(Dataset.open(tmp_path / "out"))
-    assert 0 < there < 20
+        reshard(sources, tmp_path / "out", on_progress=stop, workers=1, **options)
+    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+        Dataset.open(tmp_path / "out")
+    with pytest.raises(DatasetError, match="another choice that was not finished"):
+        reshard(sources, tmp_path / "out", where="fps > 1", **options)
     done = reshard(sources, tmp_path / "out", **options)
-    assert (done.there, done.written) == (there, 20 - there)
+    assert done.there > 0 and done.there + done.written == 20
     assert reshard(sources, tmp_path / "out", **options).written == 0
     reshard(sources, tmp_path / "whole", **options)
-    same = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.is_file()}
-    assert same == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()}
-    with pytest.raises(DatasetError, match="by another choice; write to a new folder"):
+    assert content(tmp_path / "whole") == content(tmp_path / "out")
+    with pytest.raises(DatasetError, match="of another choice; write to a new folder"):
         reshard(sources, tmp_path / "out", where="fps > 1", **options)
-    with pytest.raises(DatasetError, match="by another choice"):
+    with pytest.raises(DatasetError, match="of another choice"):
         reshard(sources[1:], sources[0])
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmacc.train.gradients import GRADIENT_FORMS, GradientFactors, GradientForm, gradient_factors
@@ -89,6 +91,19 @@ def kmeans_plus_plus(
         free = free & (torch.arange(len(free), device=free.device) != pick)
         nearest = torch.minimum(nearest, factors.squared_distance(pick, norms))
     return torch.stack(picks)
+
+
+def pick_diverse(vectors: NDArray[np.float32], count: int, seed: int) -> NDArray[np.int64]:
+    """Positions of `count` distinct vectors (n, d) that cover all of them, int64, in the order picked: k-means++ seeding.
+
+    The first is drawn uniformly. On a GPU if there is one; cost is count * n * d.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    left = torch.from_numpy(vectors).to(device)
+    factors = GradientFactors(left, torch.ones(len(left), 1, device=device))  # g = left (x) 1: distances are those of the vectors
+    generator = torch.Generator(device).manual_seed(seed)
+    allowed = torch.ones(len(left), dtype=torch.bool, device=device)
+    return kmeans_plus_plus(factors, allowed, min(count, len(left)), generator, first="uniform").cpu().numpy()
 
 
 def _draw(weight: Tensor, free: Tensor, u: Tensor) -> Tensor:
