@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 _BLOCK = tarfile.BLOCKSIZE
 _EMPTY = bytes(_BLOCK)
 _EXTENDED_BYTES = 1 << 16  # the most that a name and some attributes may take
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _NAME_BYTES = 255  # what a file system takes
 _NUMBER = re.compile(rb" *([0-7]+)[\0 ]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -64,7 +65,7 @@ def headers(file: Readable, size: int, *, strict: bool = True) -> Iterator[tuple
     """
     at, seen = 0, set[str]()
     file.seek(0)
-    while (block := _read(file, at, size)) != _EMPTY:
+    while (block := _read(file, at)) != _EMPTY:
         begin, raw = at, block
         kind, name, length = _fields(block, at)
         said: dict[bytes, bytes] = {}
@@ -78,7 +79,7 @@ def headers(file: Readable, size: int, *, strict: bool = True) -> Iterator[tuple
             elif kind == _LONG_NAME:
                 said[b"path"] = blocks[:length].rstrip(b"\0")
             at += len(blocks)
-            block = _read(file, at, size)
+            block = _read(file, at)
             raw += blocks + block
             kind, name, length = _fields(block, at)
         name, length = said.get(b"path", name), _size(said.get(b"size"), length, begin)
@@ -97,15 +98,19 @@ def headers(file: Readable, size: int, *, strict: bool = True) -> Iterator[tuple
         at = member.end
         file.seek(at)
     # a tar cut between two members could pass for a whole one: the two empty blocks at its end are the proof
-    if _read(file, at + _BLOCK, size) != _EMPTY:
+    if _read(file, at + _BLOCK) != _EMPTY:
         raise tarfile.ReadError(f"there is half an end mark at byte {at}, and more behind it")
 
 
-def _read(file: Readable, at: int, size: int) -> bytes:
+def _read(file: Readable, at: int) -> bytes:
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
-        raise tarfile.ReadError(f"the tar ends at byte {size} without its end mark, in what should be a header at byte {at}")
+        raise tarfile.ReadError(f"at byte {at} the tar ends without its end mark{_packed(block, at)}")
     return block
+
+
+def _packed(block: bytes, at: int) -> str:
+    return " (it is compressed, and should be a plain tar)" if at == 0 and block.startswith(_COMPRESSED) else ""
 
 
 def _fields(block: bytes, at: int) -> tuple[bytes, bytes, int]:
@@ -113,8 +118,7 @@ def _fields(block: bytes, at: int) -> tuple[bytes, bytes, int]:
     said = _NUMBER.fullmatch(block, 148, 156)
     # the sum is taken as if its own field were eight spaces
     if not said or int(said[1], 8) != sum(block) - sum(block[148:156]) + 256:
-        packed = at == 0 and block.startswith(b"\x1f\x8b")
-        raise tarfile.ReadError(f"there is no header at byte {at}{': the tar is compressed, unpack it' if packed else ''}")
+        raise tarfile.ReadError(f"there is no header at byte {at}{_packed(block, at)}")
     name = block[:100].partition(b"\0")[0]
     if prefix := block[345:500].partition(b"\0")[0]:
         name = prefix + b"/" + name
