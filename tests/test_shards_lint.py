@@ -182,7 +182,6 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "catalog offset": (change_catalog("offset", 1, 7), "catalog", "does not agree with"),
     "catalog facts": (change_catalog("motion", 1, 77.0), "catalog", r"has other facts than .* \(motion\)"),
     "catalog sha256": (change_catalog("sha256", 6, 0), "catalog", "has other checksums than the members"),
-    "other order": (of_first(lambda m: [m[1], m[0], *m[2:]]), "members", "in the order flac, mp4, json"),
     "other headers": (lambda p: with_header(p, mtime=1), "tar", "not as this version writes it"),
     "padding": (lambda p: with_byte(p, lambda m: m[0].offset + m[0].size), "tar checksum", "more than zeros behind yt_"),
     "half an end mark": (lambda p: with_byte(p, lambda m: m[-1].end + 512), "tar checksum", "half an end mark at byte"),
