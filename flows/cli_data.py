@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -91,11 +93,22 @@ def lint(
     data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
     samples: Annotated[int, typer.Option(help="Clips to decode.")] = 64,
     checksums: Annotated[bool, typer.Option(help="Read every shard whole and compare its sha256.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the faults as JSON.")] = False,
 ) -> None:
     """Check everything a data set promises; exit status 1 when something is wrong."""
+    from cmacc.flows.progress import progress
+    from cmacc.shards.dataset import Dataset
+    from cmacc.shards.errors import DatasetError
     from cmacc.shards.lint import lint as find_faults
 
-    faults = find_faults(data, samples=samples, checksums=checksums)
+    size = 0
+    with suppress(DatasetError):  # then it is the one fault that is found
+        size = sum(shard.bytes for shard in Dataset.open(data).meta.shards) >> 20
+    with progress("lint", total=size) as tell:
+        faults = find_faults(data, samples=samples, checksums=checksums, on_progress=lambda done: tell(done >> 20, "MiB"))
+    if as_json:
+        print(json.dumps([asdict(fault) for fault in faults], indent=2))
+        raise typer.Exit(1 if faults else 0)
     for fault in faults:
         out_console.print(
             f"[red]{fault.code}[/red] {escape(fault.where)}: {escape(fault.sentence)}", soft_wrap=True, highlight=False

@@ -20,12 +20,23 @@ from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
 from cmacc.shards.clip import Facts
-from cmacc.shards.columns import BUILT_IN, CODED, FACTS, LATER, LISTS, TEXTS, create_array, create_fact
+from cmacc.shards.columns import (
+    BUILT_IN,
+    CODED,
+    DIGEST,
+    FACTS,
+    LATER,
+    LISTS,
+    TEXTS,
+    column_digest,
+    create_array,
+    create_fact,
+    row_blocks,
+)  # fmt: skip
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.place import place
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_BLOCK = 1 << 24  # bytes of an added column that are in memory at once
 
 
 class Ragged(NamedTuple):
@@ -92,7 +103,7 @@ class Catalog:
 
     def attrs(self, name: str) -> dict[str, Any]:
         """Attributes given to an added column, or the vocabulary of a coded one."""
-        return dict(self._node(name).attrs)
+        return {k: v for k, v in self._node(name).attrs.items() if k != DIGEST}
 
     def ragged(self, name: str, rows: slice | None = None) -> Ragged:
         """A column of lists: `keyframes` (frame numbers), `labels` (codes), `key`, `source` and others (UTF-8 bytes)."""
@@ -177,9 +188,12 @@ class Catalog:
         with home.aside(name) as folder:
             group = zarr.create_group(folder, zarr_format=3)
             made = create_array(group, name, array.shape, array.dtype, attrs)
-            step = made.shards[0] * max(1, _BLOCK // max(1, made.shards[0] * made.dtype.itemsize * int(np.prod(made.shape[1:]))))
-            for at in range(0, self.rows, step):
-                made[at : at + step] = np.asarray(array[at : at + step])
+            digest = column_digest(made.shape, made.dtype, dict(made.attrs))
+            for rows in row_blocks(made.shape, made.dtype):
+                part = np.ascontiguousarray(array[rows], made.dtype)
+                digest.update(part)
+                made[rows] = part
+            made.update_attributes({DIGEST: digest.hexdigest()})
             home.put(folder / name, name)
         self._nodes.pop(name, None)
 

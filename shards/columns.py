@@ -7,6 +7,9 @@ A chunk is 256 KiB before compression, the least that is read, and carries its o
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +37,11 @@ BUILT_IN = (
     "key", "shard", "offset", "size", "source", *FACTS, "keyframes", "labels", "split", "fingerprint", "duplicate_of", "sha256",
 )  # fmt: skip
 
+DIGEST = "cmacc_sha256"  # attribute of an added column: hex digest of its attributes, shape, type and numbers
+
 _CHUNK_BYTES = 1 << 18
 _CHUNKS_A_FILE = 32
+_BLOCK_BYTES = 1 << 24
 
 
 def create_columns(where: Any, members: tuple[str, ...]) -> Any:
@@ -65,9 +71,28 @@ def create_fact(group: Any, name: str, rows: int = 0) -> None:
 
 def create_array(group: Any, name: str, shape: tuple[int, ...], dtype: Any, attributes: dict[str, Any] | None = None) -> Any:
     """An array of zeros in the layout that all columns have."""
-    row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    chunk = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    chunk, _ = _chunk(shape, dtype)
     return group.create_array(
         name, shape=shape, chunks=(chunk, *shape[1:]), shards=(chunk * _CHUNKS_A_FILE, *shape[1:]), dtype=dtype,
         compressors=[ZstdCodec(level=3), Crc32cCodec()], fill_value=0, attributes=attributes or {},
     )  # fmt: skip
+
+
+def _chunk(shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
+    """Rows of a chunk, and bytes of a row."""
+    row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    return max(1, _CHUNK_BYTES // max(1, row_bytes)), row_bytes
+
+
+def row_blocks(shape: tuple[int, ...], dtype: Any) -> Iterator[slice]:
+    """Rows of a column in slices of about 16 MiB, of whole files where it is more than one."""
+    chunk, row_bytes = _chunk(shape, dtype)
+    step = chunk * _CHUNKS_A_FILE * max(1, _BLOCK_BYTES // max(1, chunk * _CHUNKS_A_FILE * row_bytes))
+    for at in range(0, shape[0], step):
+        yield slice(at, min(at + step, shape[0]))
+
+
+def column_digest(shape: Sequence[int], dtype: Any, attributes: dict[str, Any]) -> Any:
+    """A sha256 to which the rows of an added column are still to be given, in their order, contiguous, in this dtype."""
+    said = [list(shape), str(np.dtype(dtype)), {k: v for k, v in attributes.items() if k != DIGEST}]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode())

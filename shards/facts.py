@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cmacc.shards.clip import Facts
 
 _KINDS = get_type_hints(Facts)
+_KNOWN = {f.name: f for f in fields(Facts)}
 
 
 def facts_to_json(facts: Facts) -> bytes:
@@ -24,15 +25,16 @@ def facts_from_json(data: bytes) -> Facts:
         raise ValueError(f"the json member is not JSON ({e})") from e
     if not isinstance(found, dict):
         raise ValueError("the json member is not a JSON object")
-    known = {f.name: f for f in fields(Facts)}
-    missing = [name for name, f in known.items() if name not in found and f.default is MISSING]
-    if missing or set(found) - set(known):
-        wrong = ", ".join(missing) or ", ".join(sorted(set(found) - set(known)))
+    missing = [name for name, f in _KNOWN.items() if name not in found and f.default is MISSING]
+    if missing or set(found) - set(_KNOWN):
+        wrong = ", ".join(missing) or ", ".join(sorted(set(found) - set(_KNOWN)))
         raise ValueError(f"the json member {'lacks' if missing else 'has unknown facts'} {wrong}")
     return Facts(**{name: _typed(name, _KINDS[name], value) for name, value in found.items()})
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
+    if type(value) is kind:
+        return value
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         if not isinstance(value, list):
@@ -44,6 +46,4 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
         return tuple(_typed(name, k, v) for k, v in zip(inner, value, strict=True))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"fact {name} is {value!r}; it should be of type {kind.__name__}")
-    return value
+    raise ValueError(f"fact {name} is {value!r}; it should be of type {kind.__name__}")

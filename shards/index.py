@@ -7,63 +7,26 @@ Energon's index (`clips-000000.tar.idx`): little-endian uint64 offsets of each c
 from __future__ import annotations
 
 import struct
-import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
+from cmacc.shards.headers import Member, headers
 from cmacc.shards.place import Place
-
-_BLOCK = tarfile.BLOCKSIZE
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A regular file in a tar. name is `KEY.EXTENSION`; header, offset and size are in bytes, offset being that of the data."""
-
-    name: str
-    header: int
-    offset: int
-    size: int
-
-    @property
-    def key(self) -> str:
-        return self.name.partition(".")[0]
-
-    @property
-    def extension(self) -> str:
-        return self.name.partition(".")[2]
-
-    @property
-    def end(self) -> int:
-        """Where the next header begins: the data's end, rounded up to a whole tar block."""
-        return self.offset + -(-self.size // _BLOCK) * _BLOCK
 
 
 def scan(file: Path | BinaryIO) -> list[Member]:
     """Every member of an uncompressed tar, in its order; data is skipped, not read.
 
-    Raises tarfile.TarError when the tar is damaged, cut short, or holds something that is not a regular file.
+    Raises tarfile.ReadError, with the member and its byte, when the tar is damaged, cut short, or holds something that is not
+    a regular file in its top folder.
     """
     if isinstance(file, Path):
-        with file.open("rb") as opened:
-            return scan(opened)
-    members = []
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
-            plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and info.sparse is None and info.size >= 0
-            if not plain or "/" in info.name:
-                raise tarfile.ReadError(f"{info.name!r} is not a regular file in the tar's top folder")
-            members.append(Member(info.name, info.offset, info.offset_data, info.size))
+        with file.open("rb", buffering=0) as opened:  # headers lie far apart: nothing is gained by reading more than they are
+            return scan(cast("BinaryIO", opened))
     size = file.seek(0, 2)
-    # tarfile takes a tar cut between two members for a whole one: the two empty blocks at the end are the proof
-    end = members[-1].end if members else 0
-    file.seek(end)
-    if size < end + 2 * _BLOCK or any(file.read(2 * _BLOCK)):
-        raise tarfile.ReadError(f"the tar ends at byte {size} without its end mark")
-    return members
+    return [member for member, _ in headers(file, size)]
 
 
 def clips(members: Iterable[Member]) -> list[tuple[str, list[Member]]]:

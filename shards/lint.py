@@ -2,214 +2,182 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import json
 import os
 import re
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from pathlib import Path
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
-import av
 import fsspec
 import numpy as np
 
-from cmacc.shards.clip import KEY, Facts
-from cmacc.shards.dataset import Dataset, Shard
+from cmacc.shards.catalog_writer import CATALOG
+from cmacc.shards.dataset import META, Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.index import Member, clips, dali_index, energon_index, index_names, scan
+from cmacc.shards.faults import Fault, few
+from cmacc.shards.index import clips, scan
+from cmacc.shards.lint_catalog import CatalogLint
+from cmacc.shards.lint_columns import added_faults, metadata_faults
+from cmacc.shards.lint_media import media_faults
+from cmacc.shards.lint_shard import Found, read_shard
 
-_BLOCK = 1 << 20
-_SOUND_TOLERANCE_S = 0.1
+__all__ = ["Fault", "lint"]
+
 _OURS = re.compile(r"clips-\d{6}\.(tar|idx|tar\.idx)")
+_LEFT = re.compile(r"\..+\.part|.+\.partial|\.reshard.*")
+_PAIRS = 20
+_THREADS = 4
 
 
-@dataclass(frozen=True)
-class Fault:
-    """code: `dataset`, `missing`, `size`, `checksum`, `tar`, `index`, `members`, `key`, `duplicate`, `count`, `catalog`,
-    `stray`, `decode` or `duration`. where: a file, or KEY.MEMBER. sentence: for people, with the mend."""
+def lint(
+    url: str | os.PathLike[str],
+    *,
+    samples: int = 64,
+    seed: int = 0,
+    checksums: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Fault]:
+    """All faults found in a data set (local or any fsspec URL); an empty list means none. Of many alike, the first ten.
 
-    code: str
-    where: str
-    sentence: str
-
-
-def lint(url: str | os.PathLike[str], *, samples: int = 64, seed: int = 0, checksums: bool = True) -> list[Fault]:
-    """All faults found in a data set (local or any fsspec URL); an empty list means none.
-
-    samples: how many clips are decoded, their first frame and first sound (all of them when there are no more than that).
-    checksums: also read every shard whole and compare its sha256.
+    samples: how many clips are decoded (all of them when there are no more than that).
+    checksums: also read every shard whole, once, and compare its sha256 and those of its members.
+    on_progress: called now and then with the bytes of shards that are done, by one thread at a time.
+    Of shards made elsewhere only what a reader needs is asked: that their bytes are those that were indexed, that catalog rows
+    point at members of the right names, and that these can be decoded.
     """
     try:
         dataset = Dataset.open(url)
     except DatasetError as e:
         return [Fault("dataset", str(url), str(e))]
     files, path = fsspec.core.url_to_fs(dataset.url)
-    faults = list(_strays(dataset, files, path))
-    whole = [True] * len(dataset.meta.shards)
-    seen: dict[str, str] = {}
-    begins = [0, *accumulate(s.clips for s in dataset.meta.shards)]
-    for number, shard in enumerate(dataset.meta.shards):
-        found = list(_shard(dataset, shard, begins[number], files, path, seen, checksums))
-        whole[number] = not found
-        faults += found
-    rows = np.flatnonzero(np.repeat(whole, [s.clips for s in dataset.meta.shards]))
-    if len(rows) > samples:
-        draws = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
-        rows = np.sort(rows[np.argsort(draws, kind="stable")[:samples]])
-    for row in rows.tolist():
-        faults += _media(dataset, row)
+    faults = [*_description(files, path), *_strays(dataset, files, path), *few(metadata_faults(dataset, files, path), CATALOG)]
+    shards, catalog, whole = dataset.meta.shards, CatalogLint(dataset), []
+    tell = _Told(on_progress)
+
+    def read(number: int) -> Found:
+        return read_shard(files, path, dataset.meta, shards[number], checksums, tell)
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for number, found in enumerate(_in_turn(pool, read, range(len(shards)))):
+            faults += found.faults
+            whole.append(found.whole)
+            faults += catalog.take(number, found, last=number == len(shards) - 1)
+        faults += [*_names(dataset, catalog, files, path), *added_faults(dataset, files, path)]
+        rows = _draw(np.flatnonzero(np.repeat(whole, [s.clips for s in shards])), samples, seed)
+        for some in _in_turn(pool, lambda row: _media(dataset, row), rows.tolist()):
+            faults += some
     return faults
+
+
+class _Told:
+    """Adds up bytes that several threads have done."""
+
+    def __init__(self, on_progress: Callable[[int], None] | None) -> None:
+        self._on_progress, self._done, self._lock = on_progress, 0, threading.Lock()
+
+    def __call__(self, more: int) -> None:
+        if self._on_progress:
+            with self._lock:
+                self._done += more
+                self._on_progress(self._done)
+
+
+def _in_turn(pool: ThreadPoolExecutor, work: Callable[[int], Any], numbers: Any) -> Iterator[Any]:
+    """Results in the order of `numbers`; no more than a few are begun ahead, so that memory stays flat."""
+    left = iter(numbers)
+    begun: deque[Future[Any]] = deque(pool.submit(work, n) for n in islice(left, _THREADS))
+    while begun:
+        done = begun.popleft().result()
+        begun.extend(pool.submit(work, n) for n in islice(left, 1))
+        yield done
+
+
+def _draw(rows: Any, samples: int, seed: int) -> Any:
+    if len(rows) <= samples:
+        return rows
+    draws = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
+    return np.sort(rows[np.argsort(draws, kind="stable")[:samples]])
+
+
+def _media(dataset: Dataset, row: int) -> list[Fault]:
+    try:
+        return list(media_faults(dataset, row))
+    except Exception as e:  # a catalog that cannot be read makes zarr raise anything
+        said = " ".join(f"row {row} of the catalog cannot be read ({type(e).__name__}: {e})".split())
+        return [Fault("catalog", CATALOG, f"{said}; the faults of its columns say how to mend it")]
+
+
+def _description(files: Any, path: str) -> Iterator[Fault]:
+    raw = files.cat_file(f"{path}/{META}")
+    if raw != (json.dumps(json.loads(raw), sort_keys=True, indent=1) + "\n").encode():
+        yield Fault("dataset", META, f"{META} is not as a writer writes it: a byte of it changed; restore it from a copy")
 
 
 def _strays(dataset: Dataset, files: Any, path: str) -> Iterator[Fault]:
     names = {s.name for s in dataset.meta.shards}
-    for found in sorted(Path(f).name for f in files.ls(path, detail=False)):
-        if _OURS.fullmatch(found) and f"{found.partition('.')[0]}.tar" not in names:
-            yield Fault("stray", found, f"{found} is not named in dataset.json; a writer that opens the data set removes it")
+    for found in _listed(files, path):
+        if not dataset.meta.foreign and _OURS.fullmatch(found) and f"{found.partition('.')[0]}.tar" not in names:
+            yield Fault("stray", found, f"{found} is not named in {META}; a writer that opens the data set removes it")
+        elif _LEFT.fullmatch(found):
+            said = f"{found} was left by a writer or a `cmacc reshard` that was interrupted"
+            yield Fault("stray", found, f"{said}; run the same command again to continue it, or delete {found}")
+    for found in _listed(files, f"{path}/{CATALOG}"):
+        if _LEFT.fullmatch(found):
+            yield Fault("stray", f"{CATALOG}/{found}", f"{CATALOG}/{found} was left by a writer that was interrupted; delete it")
 
 
-def _shard(
-    dataset: Dataset, shard: Shard, begin: int, files: Any, path: str, seen: dict[str, str], checksums: bool
-) -> Iterator[Fault]:
-    """Faults of one shard, from its size down to its catalog rows; begin: row number of its first clip."""
-    name, again = shard.name, "copy it again, or reshard without it"
+def _listed(files: Any, path: str) -> list[str]:
     try:
-        with files.open(f"{path}/{name}", "rb") as file:
-            size = file.seek(0, 2)
-            if size != shard.bytes:
-                said = f"{name} has {size} bytes, dataset.json says {shard.bytes}"
-                yield Fault("size", name, f"{said}: it is truncated or changed; {again}")
-            elif checksums and _sha256(file) != shard.sha256:
-                yield Fault("checksum", name, f"{name} has a wrong sha256: its content changed; {again}")
-            try:
-                file.seek(0)
-                members = scan(file)
-            except tarfile.TarError as e:
-                yield Fault("tar", name, f"{name} is damaged ({e}); {again}")
-                return
-            yield from _indexes(name, members, files, path)
-            groups = clips(members)
-            if len(groups) != shard.clips:
-                yield Fault("count", name, f"{name} holds {len(groups)} clips, dataset.json says {shard.clips}; {again}")
-            for key, group in groups:
-                yield from _members(dataset, name, key, group, seen)
-            if len(groups) == shard.clips:
-                yield from _rows(dataset, name, begin, groups, file)
+        return sorted(PurePosixPath(f).name for f in files.ls(path, detail=False))
     except FileNotFoundError:
-        yield Fault("missing", name, f"{name} is missing; {again}")
+        return []
 
 
-def _sha256(file: Any) -> str:
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    return digest.hexdigest()
+def _names(dataset: Dataset, catalog: CatalogLint, files: Any, path: str) -> Iterator[Fault]:
+    """Keys that are in two shards, sources that are in two splits; their names are read again from the few shards concerned."""
+    twice, apart = catalog.twice(), catalog.apart()
+    shown: dict[int, tuple[str, str, str, str]] = {}
+
+    def show(row: int) -> tuple[str, str, str, str]:
+        if row not in shown:
+            shown[row] = _row(dataset, row, files, path)
+        return shown[row]
+
+    for first, second in twice[:_PAIRS]:
+        (one, key, _, _), (other, _, _, _) = show(first), show(second)
+        if one != other:  # within a shard it has been said
+            said = f"clip {key} of {other} is in {one} too"
+            yield Fault("duplicate", f"{other}: {key}", f"{said}; `cmacc reshard` leaves the second out")
+    for first, second in apart[:_PAIRS]:
+        (_, key, source, split), (other, another, _, another_split) = show(first), show(second)
+        said = f"source video {source} is in two splits: clip {key} in {split}, clip {another} in {another_split}"
+        yield Fault("split", f"{other}: {another}", f"{said}; give new ones by `cmacc reshard --split train:0.9,val:0.1`")
+    for code, pairs in (("duplicate", twice), ("split", apart)):
+        if len(pairs) > _PAIRS:
+            yield Fault(
+                code, META, f"there are {len(pairs) - _PAIRS} more faults of the kind {code!r}; mend the first, and lint again"
+            )
 
 
-def _indexes(name: str, members: list[Member], files: Any, path: str) -> Iterator[Fault]:
-    for index, data in zip(index_names(name), (dali_index(members), energon_index(members)), strict=True):
-        mend = "write it again by shards.index.publish_indexes"
+def _row(dataset: Dataset, row: int, files: Any, path: str) -> tuple[str, str, str, str]:
+    """Shard, key, source and split of a clip, as its shard has them; of foreign shards as the catalog has them."""
+    number = int(dataset.shard_of_row[row])
+    name, at = dataset.meta.shards[number].name, row - int(np.searchsorted(dataset.shard_of_row, number))
+    if dataset.meta.foreign:
+        facts = dataset.catalog.facts(slice(row, row + 1))[0]
+        return name, str(dataset.catalog.texts("key", slice(row, row + 1))[0]), facts.source, facts.split
+    with files.open(f"{path}/{name}", "rb") as file:
+        key, group = clips(scan(file))[at]
+        member = next(m for m in group if m.extension == "json")
+        file.seek(member.offset)
         try:
-            if files.cat_file(f"{path}/{index}") != data:
-                yield Fault("index", index, f"{index} does not agree with {name}; {mend}")
-        except FileNotFoundError:
-            yield Fault("index", index, f"{index} is missing; {mend}")
-
-
-def _members(dataset: Dataset, name: str, key: str, group: list[Member], seen: dict[str, str]) -> Iterator[Fault]:
-    where = f"{name}: {key}"
-    if not KEY.fullmatch(key):
-        yield Fault("key", where, f"{name} has a clip with the key {key!r}; letters, digits, '_' and '-' only: write it again")
-    there, wanted = [m.extension for m in group], dataset.meta.members
-    if key in seen:
-        apart = seen[key] == name
-        say = "in two places: its members are not adjacent or double" if apart else f"in {seen[key]} too"
-        yield Fault("members" if apart else "duplicate", where, f"clip {key} of {name} is {say}; reshard the data set")
-    elif sorted(there) != sorted(wanted):
-        said = f"has {', '.join(there)}, not {', '.join(wanted)}"
-        yield Fault("members", where, f"clip {key} of {name} {said}; write the shard again")
-    seen[key] = name
-
-
-def _rows(dataset: Dataset, name: str, begin: int, groups: list[tuple[str, list[Member]]], file: Any) -> Iterator[Fault]:
-    """The catalog's rows of a shard against its members."""
-    rows, catalog = slice(begin, begin + len(groups)), dataset.catalog
-    mend = "delete catalog.zarr and open the data set for writing: it is made again from the shards"
-    try:
-        keys, facts = catalog.texts("key", rows), catalog.facts(rows)
-        places = np.stack([catalog.column("offset", rows), catalog.column("size", rows)], axis=-1)
-    except Exception as e:  # whatever zarr or a codec makes of a damaged file
-        yield Fault("catalog", "catalog.zarr", f"the catalog rows of {name} cannot be read ({type(e).__name__}: {e}); {mend}")
-        return
-    for (key, group), row_key, row_facts, place in zip(groups, keys, facts, places, strict=True):
-        by_extension = {m.extension: m for m in group}
-        if set(by_extension) != set(dataset.meta.members):
-            continue
-        try:
-            file.seek(by_extension["json"].offset)
-            said = facts_from_json(file.read(by_extension["json"].size))
-        except ValueError as e:
-            yield Fault("members", f"{key}.json", f"the facts of clip {key} in {name} are not usable ({e}); reshard without it")
-            continue
-        tar_place = [(by_extension[m].offset, by_extension[m].size) for m in dataset.meta.members]
-        if row_key != key or tar_place != [tuple(p) for p in place.tolist()]:
-            yield Fault("catalog", f"{name}: {key}", f"the catalog row of clip {key} does not agree with {name}; {mend}")
-        elif replace(said, captions=()) != row_facts:
-            yield Fault("catalog", f"{name}: {key}", f"the catalog has other facts of clip {key} than {name}; {mend}")
-
-
-def _media(dataset: Dataset, row: int) -> Iterator[Fault]:
-    """Checksums of one clip's media members, then what a decoder makes of their beginning."""
-    key = str(dataset.keys[row])
-    name = dataset.meta.shards[int(dataset.shard_of_row[row])].name
-    mend = f"reshard without it (where key <> '{key}')"
-    try:
-        found = dataset.read(row, check=True)
-    except DatasetError as e:
-        yield Fault("checksum", f"{name}: {key}", str(e))
-        return
-    facts = facts_from_json(found.pop("json"))
-    for member, data in found.items():
-        where = f"{key}.{member}"
-        try:
-            wrong = _video(dataset, facts, data) if member == dataset.profile.video_member else _sound(facts, data)
-        except (av.FFmpegError, EOFError, ValueError, IndexError) as e:
-            yield Fault("decode", where, f"{where} in {name} cannot be decoded ({type(e).__name__}: {e}); {mend}")
-            continue
-        if wrong:
-            yield Fault(wrong[0], where, f"{where} in {name} {wrong[1]}; {mend}")
-
-
-def _video(dataset: Dataset, facts: Facts, data: bytes) -> tuple[str, str] | None:
-    with av.open(io.BytesIO(data), "r") as file:
-        if len(file.streams) != 1 or not file.streams.video:
-            return "decode", "should hold one video stream and nothing else"
-        stream = file.streams.video[0]
-        if stream.codec.canonical_name != dataset.profile.codec:
-            return "decode", f"is {stream.codec.canonical_name}, the profile says {dataset.profile.codec}"
-        frame = next(file.decode(video=0))
-        if (frame.width, frame.height) != (facts.width, facts.height):
-            return "decode", f"has frames of {frame.width} x {frame.height}, its facts say {facts.width} x {facts.height}"
-        seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        if stream.frames != facts.n_frames or abs(seconds - facts.duration_s) > 1 / facts.fps:
-            said = f"{facts.n_frames} and {facts.duration_s:.3f} s"
-            return "duration", f"has {stream.frames} frames and lasts {seconds:.3f} s, its facts say {said}"
-    return None
-
-
-def _sound(facts: Facts, data: bytes) -> tuple[str, str] | None:
-    with av.open(io.BytesIO(data), "r") as file:
-        if len(file.streams) != 1 or not file.streams.audio:
-            return "decode", "should hold one audio stream and nothing else"
-        stream = file.streams.audio[0]
-        next(file.decode(audio=0))
-        seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        if abs(seconds - facts.duration_s) > _SOUND_TOLERANCE_S:
-            return "duration", f"lasts {seconds:.3f} s, the video {facts.duration_s:.3f} s"
-    return None
+            facts = facts_from_json(file.read(member.size))
+        except ValueError:
+            return name, key, "", ""
+    return name, key, facts.source, facts.split

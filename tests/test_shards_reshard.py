@@ -33,6 +33,7 @@ SHARD = 102_400
 
 
 def clip(i: int) -> Clip:
+    """Some source videos are in two splits, as their manifest had it; lint says so."""
     names = [("dog", "bark"), (), ("cat",)]
     return make_clip(i, labels=names[i % 3], split="train" if i % 4 else "val")
 
@@ -68,7 +69,7 @@ def test_merge_drops_later_duplicates_and_copies_bytes(sources: list[Path], tmp_
     done = reshard(sources, tmp_path / "out")
     assert (done.selected, done.written, done.there, done.duplicates) == (20, 20, 0, 2)
     assert keys(tmp_path / "out") == [clip(i).key for i in range(20)]
-    assert lint(tmp_path / "out") == []
+    assert {f.code for f in lint(tmp_path / "out")} == {"split"}
     out, old = Dataset.open(tmp_path / "out"), Dataset.open(sources[1])
     assert done.fingerprint == out.fingerprint and len(out.meta.shards) == 1
     assert out.read(15) == old.read(5)
@@ -179,7 +180,7 @@ def test_members_subset(sources: list[Path], tmp_path: Path) -> None:
     out = Dataset.open(tmp_path / "sound")
     assert out.meta.members == ("flac", "json")
     assert set(out.read(0)) == {"flac", "json"} and out.read(3, ("flac",)) == {"flac": clip(3).members["flac"]}
-    assert lint(tmp_path / "sound") == []
+    assert {f.code for f in lint(tmp_path / "sound")} == {"split"}
     with pytest.raises(DatasetError, match=r"members opus cannot be kept; .* has mp4, flac"):
         reshard(sources, tmp_path / "x", members=("opus",))
 

@@ -389,7 +389,7 @@ def older(path: Path, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> Non
         shutil.rmtree(root / name)
     meta = json.loads((root / "zarr.json").read_text())
     del meta["attributes"]["later"]
-    (root / "zarr.json").write_text(json.dumps(meta))
+    (root / "zarr.json").write_text(json.dumps(meta, indent=2))
 
 
 def test_later_facts_are_columns(tmp_path: Path) -> None:
