@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cmacc.flows.console import app, call_flow, err_console, escape, out_console, print_table
-
-if TYPE_CHECKING:
-    from cmacc.shards.dataset import Dataset
 
 
 @app.command(
@@ -64,23 +61,20 @@ def inspect(
         print_table(data, {k: v for k, v in short.items() if v not in ({}, [])})
     said = err_console if as_json else out_console
     if sheet:
-        said.print(f"contact sheet: {contact_sheet(dataset, sheet, 8 if clips is None else clips)}", highlight=False)
+        made = contact_sheet(dataset, sheet, 8 if clips is None else clips)
+        said.print(f"contact sheet: {escape(str(made))}", highlight=False, soft_wrap=True)
     if page:
-        said.print(
-            f"page: {_page(dataset, page, 24 if clips is None else clips, split, where, seed)}", highlight=False, soft_wrap=True
-        )
+        from cmacc.flows.progress import progress
+        from cmacc.shards.page import selection, write_page
 
-
-def _page(dataset: Dataset, page: Path, clips: int, split: str | None, where: str | None, seed: int | None) -> Path:
-    from cmacc.flows.progress import progress
-    from cmacc.shards.page import selection, write_page
-
-    rows = selection(dataset, split, where)
-    said = " and ".join([*([f"split {split!r}"] if split is not None else []), *([where] if where else [])])
-    with progress("page", total=min(clips, len(rows))) as tell:
-        return write_page(
-            dataset, page, rows=rows, said=said, clips=clips, seed=seed, on_progress=lambda done: tell(done, "clips")
-        )
+        rows, shown = selection(dataset, split, where), 24 if clips is None else clips
+        chosen = " and ".join([*([f"split {split!r}"] if split is not None else []), *([where] if where else [])])
+        with progress("page", total=min(shown, len(rows))) as tell:
+            write_page(
+                dataset, page, rows=rows, said=chosen, clips=shown, seed=seed, facts=facts,
+                on_progress=lambda done: tell(done, "clips"),
+            )  # fmt: skip
+        said.print(f"page: {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]cmacc lint data/audioset[/bold]")

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from cmacc.shards.charts import bars, clean, histogram
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe, evenly, label_counts, split_counts
-from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.page_look import SCRIPT, STYLE
 from cmacc.shards.pictures import LONGEST_S, mel
@@ -34,6 +33,7 @@ from cmacc.shards.query import matching
 
 _MEASURED = (("Duration", "seconds", "duration_s"), ("Loudness", "dBFS", "loudness_db"), ("Motion", "luma steps", "motion"))
 _CLIP_BYTES = 256 << 20  # a larger clip is not read
+_SHOWN = (*VIDEO, *AUDIO, *PICTURES, *TEXT, "json")
 _AT_ONCE = 4
 _CAPTIONS = 3  # shown; the others are folded
 _KHZ = (0.5, 1, 2, 4, 8, 16)
@@ -58,12 +58,14 @@ def write_page(
     said: str = "",
     clips: int = 24,
     seed: int | None = None,
+    facts: dict[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the page of a data set as one file, which appears whole; returns its path.
 
     rows: the clips that are counted and shown from (default: all); said: how they were chosen, for its head.
-    clips: how many are shown, spread evenly over the rows, or drawn by a seed. on_progress: called with how many are done.
+    clips: how many are shown, spread evenly over the rows, or drawn by a seed. facts: what `describe` says,
+    where it was asked already. on_progress: called with how many are done.
     A clip that cannot be read or decoded has a card that says so. Raises DatasetError for the data set itself, OSError.
     """
     chosen = dataset.rows() if rows is None else rows
@@ -74,7 +76,10 @@ def write_page(
             cards.append(card)
             if on_progress:
                 on_progress(len(cards))
-    parts = [*_head(dataset, chosen, said), *_spread(dataset, None if len(chosen) == len(dataset) else chosen)]
+    parts = [
+        *_head(dataset, facts or describe(dataset), chosen, said),
+        *_spread(dataset, None if len(chosen) == len(dataset) else chosen),
+    ]
     parts.append(f"<h2>{len(cards):,} of {_many(len(chosen), 'clip')}</h2>" if cards else "<h2>No clip to show</h2>")
     if cards:
         parts.append(
@@ -109,8 +114,7 @@ def _document(title: str, body: str) -> str:
 # --- facts ---
 
 
-def _head(dataset: Dataset, rows: NDArray[np.int64], said: str) -> Iterator[str]:
-    facts = describe(dataset)
+def _head(dataset: Dataset, facts: dict[str, Any], rows: NDArray[np.int64], said: str) -> Iterator[str]:
     yield f"<header><h1>{escape(_name(dataset))}</h1>"
     yield f'<p class="quiet">{escape(clean(_address(dataset.url), 500))}</p>'
     tiles = {
@@ -143,7 +147,7 @@ def _head(dataset: Dataset, rows: NDArray[np.int64], said: str) -> Iterator[str]
 def _spread(dataset: Dataset, rows: NDArray[np.int64] | None) -> Iterator[str]:
     catalog = dataset.catalog
     total = len(dataset) if rows is None else len(rows)
-    yield '<h2>How the clips are spread</h2><section class="charts">'
+    yield f'<h2>How the {"" if rows is None else f"{len(rows):,} chosen "}clips are spread</h2><section class="charts">'
     for title, unit, column in _MEASURED:
         values = catalog.column(column)
         yield histogram(title, unit, values if rows is None else values[rows])
@@ -170,9 +174,8 @@ def _profile(profile: dict[str, Any] | None) -> str:
     if profile is None:
         return "none: its clips are not all alike"
     p = profile
-    video = (
-        f"{p['name']}: {p['codec']}, short side {p['short_side']}, {p['fps']} fps, a keyframe every {_many(p['gop'], 'frame')}"
-    )
+    name = "" if p["name"] == p["codec"] else f"{p['name']}: "
+    video = f"{name}{p['codec']}, short side {p['short_side']}, {p['fps']} fps, a keyframe every {_many(p['gop'], 'frame')}"
     return f"{video}, {p['audio_codec']} at {p['audio_rate'] / 1000:g} kHz"
 
 
@@ -221,7 +224,7 @@ def _card(dataset: Dataset, row: int) -> str:
     if seen.seconds >= LONGEST_S:
         told += f'<p class="none">The first {LONGEST_S:.0f} s.</p>'
     plays = seen.play is not None
-    attributes = f' data-seconds="{max(seen.seconds, 0.01):.3f}"' if plays else ""
+    attributes = f' data-seconds="{seen.seconds:.3f}"' if plays else ""
     return (
         f'<article class="card{" plays" if plays else ""}"{attributes}>{_stage(seen, key)}{_timeline(seen)}'
         f'<div class="said">{told}{_captions(members)}</div></article>'
@@ -229,15 +232,17 @@ def _card(dataset: Dataset, row: int) -> str:
 
 
 def _seen(dataset: Dataset, row: int) -> tuple[dict[str, bytes], Preview]:
-    """The members of a clip that can be shown, and what is seen and heard of them; never raises for the clip's own sake."""
+    """The members of a clip that can be shown, and what is seen and heard of them; a clip that cannot be read raises nothing."""
+    catalog, here = dataset.catalog, slice(row, row + 1)
+    # not by Dataset.read, which wants the places of all clips: of ten million there would be 480 MB
+    places = np.stack([catalog.column("offset", here)[0], catalog.column("size", here)[0]], axis=1).tolist()
+    wanted = {m: (o, o + n) for m, (o, n) in zip(dataset.meta.members, places, strict=True) if n > 0 and kind_of(m) in _SHOWN}
+    count, shard = sum(b - a for a, b in wanted.values()), int(catalog.column("shard", here)[0])
+    if count > _CLIP_BYTES:
+        return {}, Preview(troubles=(f"it has {_size(count)}, too much for a page",))
     try:
-        sizes = dataset.places(slice(row, row + 1))[1][0].tolist()
-        there = {m: n for m, n in zip(dataset.meta.members, sizes, strict=True) if n > 0}
-        wanted = [m for m in there if kind_of(m) in (*VIDEO, *AUDIO, *PICTURES, *TEXT, "json")]
-        if sum(there[m] for m in wanted) > _CLIP_BYTES:
-            return {}, Preview(troubles=(f"it has {_size(sum(there.values()))}, too much for a page",))
-        members = dataset.read(row, wanted)
-    except (DatasetError, OSError) as e:
+        members = dict(zip(wanted, dataset.ranges([(shard, a, b) for a, b in wanted.values()]), strict=True))
+    except Exception as e:  # each kind of bucket has errors of its own
         return {}, Preview(troubles=(f"it cannot be read: {e}",))
     return members, preview(members)
 

@@ -13,14 +13,18 @@ from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image
 
-S = TypeVar("S")
+S = TypeVar("S", VideoStream, AudioStream)
 
 LONGEST_S = 60.0
-WINDOW_S = 0.025
+_RATES = (1000, 400_000)  # Hz
+_PIXELS = 1 << 26
+_WINDOW_S = 0.025
 _BANDS = 64
 _COLUMNS = 640  # of a log-mel picture, at most
 _HOP_S = 0.01
@@ -59,13 +63,15 @@ class Film(NamedTuple):
 def film(data: bytes) -> Film:
     """What is known of a video without decoding it."""
     with open_media(data) as file:
-        stream = _stream(file.streams.video, "picture")
+        stream = first_stream(file.streams.video, "picture")
         times = [
             (float(p.pts * p.time_base), float((p.duration or 0) * p.time_base))
             for p in file.demux(stream)
             if p.pts is not None and p.time_base is not None
         ]
         width, height = stream.codec_context.width, stream.codec_context.height
+        if not 0 < width * height <= _PIXELS:
+            raise ValueError(f"its picture is said to be {width} × {height} pixels")
     first = min((t for t, _ in times), default=0.0)
     shown = [(t - first, d) for t, d in times if t - first < LONGEST_S]
     return Film(min(max((t + d for t, d in shown), default=0.0), LONGEST_S), len(shown), width, height)
@@ -77,8 +83,7 @@ def frames(data: bytes, n: int, height: int) -> list[Image.Image]:
     wanted = {int((i + 0.5) * count / n) for i in range(n)}
     found = []
     with open_media(data) as file:
-        stream = _stream(file.streams.video, "picture")
-        stream.thread_type = "AUTO"
+        stream = first_stream(file.streams.video, "picture")
         for i, frame in takewhile(lambda pair: pair[0] <= max(wanted), enumerate(file.decode(stream))):
             if i in wanted:
                 scale = min(1.0, height / frame.height)
@@ -86,31 +91,38 @@ def frames(data: bytes, n: int, height: int) -> list[Image.Image]:
                 small = frame.reformat(width=width, height=max(1, round(frame.height * scale)), format="rgb24")
                 found.append(Image.fromarray(small.to_ndarray()))
     if not found:
-        raise ValueError("no frame in it can be decoded")
+        raise ValueError("there is no whole frame in it")
     return found
 
 
 def sound(data: bytes) -> Sound:
     """What is heard, mixed down to mono."""
     with open_media(data) as file:
-        stream = _stream(file.streams.audio, "sound")
+        stream = first_stream(file.streams.audio, "sound")
         resampler = av.AudioResampler(format="flt", layout="mono")
         parts: list[NDArray[np.float32]] = []
         rate, samples = 0, 0
         for frame in file.decode(stream):
             rate = rate or frame.sample_rate
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise ValueError(f"its sound is said to have {rate} samples a second")
             parts += [p.to_ndarray()[0] for p in resampler.resample(frame)]
             samples += frame.samples
             if samples >= LONGEST_S * rate:
                 break
     if not samples:
-        raise ValueError("no sound in it can be decoded")
+        raise ValueError("there is no whole sound in it")
     return Sound(np.concatenate(parts)[: round(LONGEST_S * rate)], rate)
 
 
-def _stream(streams: tuple[S, ...], what: str) -> S:
+def first_stream(streams: tuple[S, ...], what: str) -> S:
+    """The first of a file's streams of a kind, to be decoded in this thread. Raises ValueError where there is none."""
     if not streams:
         raise ValueError(f"there is no {what} in it")
+    if streams[0].codec_context is None:
+        raise ValueError(f"the codec of its {what} is not known")
+    # threads of a decoder that meets damaged bytes can wait for the interpreter's lock for ever, when PyAV logs
+    streams[0].codec_context.thread_count = 1
     return streams[0]
 
 
@@ -155,7 +167,7 @@ def log_mel(heard: Sound, bands: int = _BANDS, hop: int | None = None) -> NDArra
     Column i is of the 25 ms around sample i * hop, under a Hann window; hop: 10 ms, or more where that makes too wide a picture.
     """
     samples, rate = heard
-    window = max(2, round(WINDOW_S * rate))
+    window = max(2, round(_WINDOW_S * rate))
     n_fft = max(1 << math.ceil(math.log2(rate / 16)), 1 << math.ceil(math.log2(window)))  # bins of at most 16 Hz
     hop = hop or max(round(_HOP_S * rate), -(-len(samples) // _COLUMNS), 1)
     padded = np.pad(samples, window // 2 + window)

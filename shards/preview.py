@@ -16,7 +16,7 @@ from typing import Any
 import av
 from PIL import Image
 
-from cmacc.shards.pictures import LONGEST_S, film, frames, log_mel_picture, open_media, sound, strip
+from cmacc.shards.pictures import LONGEST_S, film, first_stream, frames, log_mel_picture, open_media, sound, strip
 
 VIDEO = ("mp4", "webm", "mkv", "mov", "avi")
 AUDIO = ("flac", "opus", "ogg", "wav", "mp3", "m4a")
@@ -28,6 +28,8 @@ _COPY_BYTES = 4 << 20  # a larger clip is made small for the page
 _SIDE = 256  # pixels of the shorter side of what is encoded anew
 _POSTER = 288
 _THUMB = 72
+# what PyAV and Pillow make of damaged bytes
+_UNDECODABLE = (av.FFmpegError, ValueError, ArithmeticError, LookupError, OSError, SyntaxError, Image.DecompressionBombError)
 _STRIP = 9.0  # width of a strip in its height, about
 
 
@@ -49,8 +51,8 @@ class Preview:
 
     @property
     def seconds(self) -> float:
-        """How long it plays."""
-        return max(self.video_s, self.sound_s)
+        """How long it plays, never 0."""
+        return max(self.video_s, self.sound_s, 0.01)
 
 
 def preview(members: dict[str, bytes]) -> Preview:
@@ -63,7 +65,7 @@ def preview(members: dict[str, bytes]) -> Preview:
         shown |= _tried(_of_video, video, members, troubles)
     elif picture := first_of(members, PICTURES):
         shown |= _tried(_of_picture, picture, members, troubles)
-    heard = audio or (video if video and shown and _has_sound(members[video]) else None)
+    heard = audio or (video if video and _has_sound(members[video]) else None)
     if heard:
         shown |= _tried(_of_sound, heard, members, troubles)
     if not (video or audio or shown or troubles):
@@ -73,7 +75,7 @@ def preview(members: dict[str, bytes]) -> Preview:
     if seen or listened:
         try:
             shown["play"] = playable(seen, listened)
-        except (av.FFmpegError, ValueError, OverflowError) as e:
+        except _UNDECODABLE as e:
             troubles.append(f"it cannot be played here ({_reason(e)})")
     return Preview(**shown, troubles=tuple(troubles))
 
@@ -97,7 +99,7 @@ def playable(video: bytes | None, audio: bytes | None) -> bytes:
     """
     small = len(video or b"") + len(audio or b"") * (audio is not video) <= _COPY_BYTES
     if small:
-        with suppress(av.FFmpegError, ValueError):  # AVI and Matroska have not every time that an MP4 wants
+        with suppress(*_UNDECODABLE):  # AVI and Matroska have not every time that an MP4 wants
             return _muxed(video, audio, copied=True)
     return _muxed(video, audio, copied=False)
 
@@ -117,7 +119,7 @@ def _muxed(video: bytes | None, audio: bytes | None, *, copied: bool) -> bytes:
 
 
 def _picture_packets(file: Any, made: Any, copied: bool) -> Iterator[tuple[float, Any]]:
-    stream = file.streams.video[0]
+    stream = first_stream(file.streams.video, "picture")
     context = stream.codec_context
     if copied and context.pix_fmt in _COPIED.get(context.codec.canonical_name, ()):
         yield from _copies(file, stream, made)
@@ -142,7 +144,7 @@ def _picture_packets(file: Any, made: Any, copied: bool) -> Iterator[tuple[float
 
 
 def _sound_packets(file: Any, made: Any, copied: bool) -> Iterator[tuple[float, Any]]:
-    stream = file.streams.audio[0]
+    stream = first_stream(file.streams.audio, "sound")
     if copied and stream.codec_context.codec.canonical_name in _COPIED_SOUND:
         yield from _copies(file, stream, made)
         return
@@ -218,7 +220,7 @@ def _jpeg(picture: Image.Image) -> bytes:
 def _tried(make: Any, member: str, members: dict[str, bytes], troubles: list[str]) -> dict[str, Any]:
     try:
         return dict(make(members[member]))
-    except (av.FFmpegError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except _UNDECODABLE as e:
         troubles.append(f"its {member} cannot be decoded ({_reason(e)})")
         return {}
 
@@ -228,5 +230,6 @@ def _reason(error: Exception) -> str:
 
 
 def _has_sound(data: bytes) -> bool:
-    with open_media(data) as file:
+    with suppress(*_UNDECODABLE), open_media(data) as file:
         return bool(file.streams.audio)
+    return False

@@ -263,6 +263,35 @@ def test_damaged_members_are_told_of(data: bytes) -> None:
     assert preview({"flac": data}).troubles != ()
 
 
+@pytest.mark.parametrize("member", ["mp4", "webm", "avi", "mkv", "flac", "opus"])
+def test_any_damage_leaves_a_preview(member: str) -> None:
+    video = {"mp4": ("libx264", "mp4"), "webm": ("libvpx-vp9", "webm"), "avi": ("mpeg4", "avi"), "mkv": ("libx264", "matroska")}
+    whole = coded_video(*video[member]) if member in video else audio_bytes(codec=member)
+    rng = np.random.default_rng(len(whole))
+    told = 0
+    for _ in range(40):
+        data = bytearray(whole[: rng.integers(len(whole) // 2, len(whole) + 1)])
+        for at in rng.integers(0, rng.choice([600, len(data)]), 8):
+            data[min(at, len(data) - 1)] = rng.integers(256)
+        seen = preview({member: bytes(data)})
+        assert seen.play is not None or seen.troubles
+        told += bool(seen.troubles)
+    assert told > 0
+
+
+def test_a_single_frame_without_a_length() -> None:
+    seen = preview({"mkv": coded_video("mjpeg", "matroska", n=1)})
+    assert seen.troubles == () and seen.strip is not None and seen.seconds > 0
+
+
+def test_a_rate_that_nobody_hears_is_refused() -> None:
+    wave = bytearray(pcm(0.1))
+    at = wave.index(b"fmt ") + 12
+    for rate in (0, 3, 4_000_000_000):
+        wave[at : at + 4] = rate.to_bytes(4, "little")
+        assert preview({"wav": bytes(wave)}).play is None and preview({"wav": bytes(wave)}).troubles
+
+
 def test_a_broken_clip_has_a_card_that_says_so(data: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(data, tmp_path / "set"))
     dataset = Dataset.open(broken)
