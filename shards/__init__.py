@@ -9,6 +9,7 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
 `lint.lint`, `describe.describe`, `contact_sheet`  is it sound, and what is in it
+`page.write_page`                              the same as one HTML page, with clips to see and hear
 `errors.DatasetError`                          what goes wrong, in one sentence
 
 Importing this room imports neither torch nor any of its modules: name the one you need.
