@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cmacc.flows.console import app, call_flow, escape, out_console, print_table
+from cmacc.flows.console import app, call_flow, err_console, escape, out_console, print_table
 
 _WHICH, _HOW = "Which clips", "How they lie"
 
@@ -66,17 +66,25 @@ def reshard(
     print_table(f"reshard: {out}", done)
 
 
-@app.command(epilog="Example: [bold]cmacc inspect data/audioset --sheet sheet.png[/bold]")
+@app.command(epilog="Example: [bold]cmacc inspect data/audioset --page page.html --where \"list_contains(labels, 'Dog')\"[/bold]")
 def inspect(
     data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    page: Annotated[Path | None, typer.Option(help="Also write a page with clips to see and hear, HTML.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Also write a contact sheet, PNG.")] = None,
-    clips: Annotated[int, typer.Option(help="Clips on the sheet.")] = 8,
+    clips: Annotated[int | None, typer.Option(min=0, help="Clips on the page (24) or on the sheet (8).")] = None,
+    split: Annotated[str | None, typer.Option(help="Of the page: clips of this split alone.")] = None,
+    where: Annotated[str | None, typer.Option(help="Of the page: an SQL expression over the catalog's columns.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the page: draw its clips by chance, instead of evenly over the data set.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print a data set's facts: clips, hours, bytes, splits, labels, quantiles of duration, loudness and motion."""
     from cmacc.shards.dataset import Dataset
     from cmacc.shards.describe import contact_sheet, describe
 
+    if page is None and (split is not None or where is not None or seed is not None):
+        raise ValueError("--split, --where and --seed choose what a page shows; give --page FILE.html with them")
     dataset = Dataset.open(data)
     facts = describe(dataset)
     if as_json:
@@ -84,8 +92,22 @@ def inspect(
     else:
         short = {k: f"{len(v)}, most frequent {', '.join(list(v)[:5])}" if k == "labels" and v else v for k, v in facts.items()}
         print_table(data, {k: v for k, v in short.items() if v not in ({}, [])})
+    said = err_console if as_json else out_console
     if sheet:
-        out_console.print(f"contact sheet: {contact_sheet(dataset, sheet, clips)}", highlight=False)
+        made = contact_sheet(dataset, sheet, 8 if clips is None else clips)
+        said.print(f"contact sheet: {escape(str(made))}", highlight=False, soft_wrap=True)
+    if page:
+        from cmacc.flows.progress import progress
+        from cmacc.shards.page import selection, write_page
+
+        rows, shown = selection(dataset, split, where), 24 if clips is None else clips
+        chosen = " and ".join([*([f"split {split!r}"] if split is not None else []), *([where] if where else [])])
+        with progress("page", total=min(shown, len(rows))) as tell:
+            write_page(
+                dataset, page, rows=rows, said=chosen, clips=shown, seed=seed, facts=facts,
+                on_progress=lambda done: tell(done, "clips"),
+            )  # fmt: skip
+        said.print(f"page: {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]cmacc lint data/audioset[/bold]")

@@ -7,6 +7,7 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `dataset.Dataset`, `cache.Cache`               a clip's bytes by row or key, from a folder or any fsspec URL
 `catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
+`headers.headers`                              the members of a tar, read strictly
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
 `foreign.index_shards`                         tars that others wrote, made a data set where they lie
 `lint.lint`, `describe.describe`, `page.write_page`  is it sound, and what is in it

@@ -39,6 +39,19 @@ def video_bytes(seed: int = 0, frames: int = 8, fps: int = 8, width: int = 48, h
     return buffer.getvalue()
 
 
+def coded_video(codec: str, container: str = "mp4", n: int = 12, side: int = 32) -> bytes:
+    """A video of `n` frames at 8 a second, each frame grey of its own."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=8)
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for i in range(n):
+            picture = np.full((side, side, 3), 20 * (i % 12), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode(None))
+    return out.getvalue()
+
+
 @lru_cache(maxsize=64)
 def audio_bytes(seed: int = 0, seconds: float = 1.0, rate: int = 8000, codec: str = "flac") -> bytes:
     """A mono tone as FLAC, or as Opus in Ogg (48 kHz)."""

@@ -68,6 +68,20 @@ def test_a_refusal_from_the_installed_command(cmacc) -> None:  # type: ignore[no
     assert cmacc("inspect", "nowhere", code=1).stderr.startswith("cmacc: nowhere does not exist")
 
 
+def test_the_page_of_a_data_set(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, sheet = tmp_path / "page.html", tmp_path / "sheet.png"
+    some = ("--page", str(page), "--sheet", str(sheet), "--where", "motion >= 2", "--clips", "3", "--seed", "1")
+    assert here(monkeypatch, "inspect", str(data), *some) == 0
+    assert f"page: {page}" in capsys.readouterr().out and sheet.stat().st_size > 1000
+    assert page.read_text().count("<article") == 3 and "6 clips: motion &gt;= 2" in page.read_text()
+    assert here(monkeypatch, "inspect", str(data), "--page", str(page), "--where", "nothing > 1") == 1
+    assert "where 'nothing > 1' is not understood" in capsys.readouterr().err
+    assert here(monkeypatch, "inspect", str(data), "--split", "train") == 1
+    assert "give --page FILE.html" in capsys.readouterr().err
+
+
 def test_lint_and_reshard(cmacc, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "no fault" in cmacc("lint", data).stdout
     cmacc("reshard", data, "--out", tmp_path / "few", "--where", "duration_s > 0", "--limit", 3, "--order", "shuffle:1")
