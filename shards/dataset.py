@@ -140,6 +140,7 @@ class Dataset:
         self.local = isinstance(self._files, LocalFileSystem)
         self.cache = None if self.local else cache
         self.meta = Meta.from_bytes(raw, f"{self.url}/{META}")
+        self._clips = self.meta.clips
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.catalog = Catalog(f"{self.url}/{CATALOG}", len(self), self.meta.members)
         # the C cache needs no lock of its own, so a fork cannot leave one held; a file it drops closes with its last reader
@@ -179,7 +180,7 @@ class Dataset:
 
     def __len__(self) -> int:
         """Number of clips."""
-        return self.meta.clips
+        return self._clips
 
     @cached_property
     def profile(self) -> Profile:

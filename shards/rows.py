@@ -37,7 +37,9 @@ class RowCache:
                 return self._catalog.column(name, rows)
             rows = np.arange(begin, end)
         rows = np.asarray(rows)
-        if not rows.size:
+        if len(rows) == 1 and 0 <= (row := int(rows[0])) < self._catalog.rows:
+            return self._block(name, row // size)[row % size : row % size + 1]
+        if not len(rows):
             return self._catalog.column(name, slice(0, 0))
         if not 0 <= rows.min() <= rows.max() < self._catalog.rows:
             raise IndexError(f"row numbers go from {rows.min()} to {rows.max()}; there are {self._catalog.rows} rows")
