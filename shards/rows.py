@@ -33,9 +33,9 @@ class RowCache:
             if step == 1 and block * size < end <= (block + 1) * size:
                 at = block * size
                 return self._block(name, block)[begin - at : end - at]
-            if step != 1 or end <= begin or end - begin > _AT_ONCE * size:
+            if step == 1 and (end <= begin or end - begin > _AT_ONCE * size):
                 return self._catalog.column(name, rows)
-            rows = np.arange(begin, end)
+            rows = np.arange(begin, end, step)
         rows = np.asarray(rows)
         if len(rows) == 1 and 0 <= (row := int(rows[0])) < self._catalog.rows:
             return self._block(name, row // size)[row % size : row % size + 1]
