@@ -134,9 +134,7 @@ def passes(error: BaseException) -> bool:
             return True
         if isinstance(e, (boto.HTTPClientError, boto.IncompleteReadError)):
             return True
-        if isinstance(e, OSError) and e.errno in _PASSING and e.__cause__ is None:
-            return True
-    return False
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -148,10 +146,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of aiohttp, botocore or gcsfs."""
+    """The HTTP status of an answer, from an error of aiohttp, botocore or gcsfs."""
+    import aiohttp
+
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif isinstance(error, aiohttp.ClientResponseError):
+        found = error.status
     else:
-        found = getattr(error, "status", None) or getattr(error, "code", None)
+        found = getattr(error, "code", None) if type(error).__module__.startswith("gcsfs") else None
     return found if isinstance(found, int) and 100 <= found < 600 else None
