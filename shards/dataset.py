@@ -32,6 +32,7 @@ from cmacc.shards.rows import RowCache
 FORMAT = 1
 META = "dataset.json"
 _OPEN_FILES = 128
+_KEYS_AT_ONCE = 1 << 18  # that are Python strings, ten times the size, for a moment
 _BLOCKS_AT_ONCE = 16  # of the cache, that are fetched together and are in memory
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")
 
@@ -193,7 +194,14 @@ class Dataset:
     @cached_property
     def keys(self) -> NDArray[Any]:
         """Key of each row, numpy strings (n,). For the rows of a few keys among millions, ask `rows_of`."""
-        return self.catalog.texts("key")
+        found = np.empty(len(self), dtype=np.dtypes.StringDType())
+        for at in range(0, len(self), _KEYS_AT_ONCE):
+            rows = slice(at, min(at + _KEYS_AT_ONCE, len(self)))
+            some = self.catalog.texts("key", rows)
+            if len(some) < rows.stop - at:
+                raise DatasetError(f"{self.catalog.url} lost rows; opening it for writing mends it")
+            found[rows] = some
+        return found
 
     @cached_property
     def _key_column(self) -> pa.Array:

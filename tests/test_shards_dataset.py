@@ -131,6 +131,14 @@ def test_threads_forks_and_pickles(whole: Path, clips: list[Clip]) -> None:
     assert again.fingerprint == dataset.fingerprint and again.read(3) == dataset.read(3)
 
 
+def test_keys_in_blocks(damaged: Path, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmacc.shards.dataset._KEYS_AT_ONCE", 5)
+    assert Dataset.open(damaged).keys.tolist() == [c.key for c in clips]
+    zarr.open_group(damaged / "catalog.zarr", mode="r+")["key/offsets"].resize((N,))
+    with pytest.raises(DatasetError, match="lost rows; opening it for writing"):
+        _ = Dataset.open(damaged).keys
+
+
 def test_rows_of_keys(whole: Path, clips: list[Clip]) -> None:
     dataset = Dataset.open(whole)
     rows = [7, 0, 11, 7]
