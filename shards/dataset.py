@@ -270,17 +270,21 @@ class Dataset:
         offsets, sizes = self.places(slice(row, row + 1))
         spans = [(int(offsets[0, c]), int(sizes[0, c])) for c in columns]
         begin, end = min(o for o, _ in spans), max(o + s for o, s in spans)
-        whole = self.shard_of(row), begin, end
-        data = self.ranges([whole])[0]
-        found = {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
-        if check and (wrong := self._wrong(row, found)) and self.cache:
-            # what the cache has may have been wrong when it was fetched: its checksums cannot tell
-            shard = self.meta.shards[whole[0]]
+        shard = self.shard_of(row)
+
+        def members_now() -> dict[str, bytes]:
+            data = self.ranges([(shard, begin, end)])[0]
+            return {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
+
+        found = members_now()
+        wrong = self._wrong(row, found) if check else None
+        if wrong and self.cache:
+            # what the cache has may have been wrong when it was fetched, which its own checksums cannot tell
             for number in range(begin // self.cache.block_bytes, -(-end // self.cache.block_bytes)):
-                self.cache.drop(shard.sha256, number)
-            data = self.ranges([whole])[0]
-            found = {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
-        if check and (wrong := self._wrong(row, found)):
+                self.cache.drop(self.meta.shards[shard].sha256, number)
+            found = members_now()
+            wrong = self._wrong(row, found)
+        if wrong:
             raise self.damaged(row, wrong)
         return found
 
