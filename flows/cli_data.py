@@ -140,6 +140,31 @@ def lint(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: [bold]cmacc extract data/audioset yt_dQw4w9WgXcQ_10000_20000 --out clips --members mp4[/bold]")
+def extract(
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys of clips.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the files, KEY.mp4 and so on.")] = Path("clips"),
+    members: Annotated[str | None, typer.Option(help="Members to write, as mp4,flac (default: all).")] = None,
+    rows: Annotated[str | None, typer.Option(help="Row numbers of further clips, as 0,5.")] = None,
+) -> None:
+    """Write some clips of a data set as files, verified by checksum."""
+    from cmacc.shards.dataset import Dataset
+    from cmacc.shards.errors import DatasetError
+    from cmacc.shards.extract import extract as write_files
+
+    try:
+        numbers = [int(row) for row in rows.split(",")] if rows else []
+    except ValueError as e:
+        raise DatasetError(f"rows {rows!r} are not understood; give numbers, as 0,5") from e
+    dataset = Dataset.open(data)
+    chosen = [*dataset.rows_of(keys or []).tolist(), *numbers]
+    if not chosen:
+        raise DatasetError(f"no clip of {data} is named; give keys, or --rows 0,5")
+    for file in write_files(dataset, chosen, out, members.split(",") if members else None):
+        print(file)
+
+
 @app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
 def embed(
     model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],

@@ -6,6 +6,7 @@ never committed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -35,6 +36,7 @@ from cmacc.shards.columns import (
 )  # fmt: skip
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.place import place
+from cmacc.shards.remote import patiently
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -59,6 +61,7 @@ class Catalog:
         self.url, self.rows, self.members = url, rows, tuple(members)
         self._writable = writable
         self._group: Any = None
+        self._pid = os.getpid()
         self._nodes: dict[str, Any] = {}
 
     # --- reading ---
@@ -78,6 +81,10 @@ class Catalog:
         array = self._node(name)
         return min(self.rows, array.shape[0]), *array.shape[1:]
 
+    def chunk_rows(self, name: str) -> int:
+        """Rows of a column of numbers that are read together, the first chunk beginning at row 0."""
+        return int(self._node(name).chunks[0])
+
     def column(self, name: str, rows: slice | NDArray[np.integer] | None = None) -> NDArray[Any]:
         """A column of numbers, (n, ...): `shard`, a fact, `offset` or `size` (n, members), `sha256` (n, media, 32),
         `fingerprint` uint64 (n, 4), an added one.
@@ -92,14 +99,12 @@ class Catalog:
             raise DatasetError(
                 f"column {name} of {self.url} covers {array.shape[0]} of {self.rows} clips, which came later; compute it again"
             )
-        if rows is None:
-            return np.asarray(array[: self.rows])
-        if isinstance(rows, slice):
-            return np.asarray(array[slice(*rows.indices(self.rows))])
+        if rows is None or isinstance(rows, slice):
+            return self._values(array, slice(*(rows or slice(None)).indices(self.rows)))
         rows = np.asarray(rows)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.rows:
             raise IndexError(f"row numbers go from {rows.min()} to {rows.max()}; {self.url} has {self.rows} rows")
-        return np.asarray(array.oindex[rows])
+        return self._values(array.oindex, rows)
 
     def attrs(self, name: str) -> dict[str, Any]:
         """Attributes given to an added column, or the vocabulary of a coded one."""
@@ -111,8 +116,9 @@ class Catalog:
         if hasattr(pair, "shape"):
             raise DatasetError(f"column {name} of {self.url} holds numbers; read it by column()")
         begin, end, _ = (rows or slice(None)).indices(self.rows)
-        offsets = np.asarray(self._node(f"{name}/offsets")[begin : max(begin, end) + 1])
-        return Ragged(np.asarray(self._node(f"{name}/values")[int(offsets[0]) : int(offsets[-1])]), offsets - offsets[0])
+        offsets = self._values(self._node(f"{name}/offsets"), slice(begin, max(begin, end) + 1))
+        values = self._values(self._node(f"{name}/values"), slice(int(offsets[0]), int(offsets[-1])))
+        return Ragged(values, offsets - offsets[0])
 
     def vocabulary(self, name: str) -> list[str]:
         """Names behind the codes of `labels` or `split`."""
@@ -199,16 +205,25 @@ class Catalog:
 
     # --- inside ---
 
+    def _values(self, array: Any, rows: Any) -> NDArray[Any]:
+        try:
+            return patiently(lambda: np.asarray(array[rows]))
+        except Exception as e:  # whatever zarr, a codec or a bucket makes of what is damaged, gone or forbidden
+            raise DatasetError(f"the catalog at {self.url} cannot be read ({e}); opening it for writing mends it") from e
+
     def _root(self) -> Any:
-        if self._group is None:
+        if self._group is None or self._pid != os.getpid():
+            # the connections of a remote store are of no use to a child that was forked
+            self._nodes, self._pid = {}, os.getpid()
             try:
                 files, path = fsspec.core.url_to_fs(self.url)
                 local = isinstance(files, LocalFileSystem)
                 # a listing that is kept would not show columns that were added since
                 options = None if local else {"use_listings_cache": False}
                 mode: Literal["r", "r+"] = "r+" if self._writable else "r"
-                self._group = zarr.open_group(path if local else self.url, mode=mode, zarr_format=3, storage_options=options)
-            except (OSError, KeyError, ValueError, zarr.errors.BaseZarrError) as e:
+                where = path if local else self.url
+                self._group = patiently(lambda: zarr.open_group(where, mode=mode, zarr_format=3, storage_options=options))
+            except Exception as e:  # each kind of bucket has errors of its own
                 raise DatasetError(f"no catalog can be read at {self.url} ({e}); opening it for writing mends it") from e
         return self._group
 
@@ -217,6 +232,7 @@ class Catalog:
         return [name for name in LATER if name not in self._root().attrs.get("later", ())]
 
     def _node(self, name: str) -> Any:
+        root = self._root()
         try:
             if name not in self._nodes:
                 column = name.partition("/")[0]
@@ -225,7 +241,7 @@ class Catalog:
                     create_fact(blank, column, self.rows)
                     self._nodes[name] = blank[name]
                 else:
-                    self._nodes[name] = self._root()[name]
+                    self._nodes[name] = patiently(lambda: root[name])
             return self._nodes[name]
         except (KeyError, ValueError) as e:
             raise DatasetError(f"no column {name!r} in {self.url}; it has {', '.join(self.columns)}") from e

@@ -7,24 +7,33 @@ import json
 import os
 import re
 import tarfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cmacc.shards.cache import Cache
 from cmacc.shards.catalog import Catalog
 from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.profile import Profile
+from cmacc.shards.remote import File, Span, Unreadable, fetch, patiently, sizes
+from cmacc.shards.rows import RowCache
 
 FORMAT = 1
 META = "dataset.json"
 _OPEN_FILES = 128
+_KEYS_AT_ONCE = 1 << 18  # that are Python strings, ten times the size, for a moment
+_BLOCKS_AT_ONCE = 16  # of the cache, that are fetched together and are in memory
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")
 
 
@@ -119,38 +128,60 @@ class Dataset:
 
     Safe to use from many threads, after a fork, and pickled to another process. Row numbers run from 0 to len - 1
     in the order of the shards and of the clips in them.
+
+    A store that is not local is asked for many ranges at once, and again where the network failed; `cache` keeps its blocks on
+    a local disk.
     """
 
-    def __init__(self, url: str, raw: bytes) -> None:
+    def __init__(self, url: str, raw: bytes, cache: Cache | None = None) -> None:
         self.url = str(url).rstrip("/")
         self._raw = raw
-        self._files, self._path = fsspec.core.url_to_fs(self.url)
+        self._store = lru_cache(1)(lambda pid: fsspec.core.url_to_fs(self.url))
+        self._path = self._store(os.getpid())[1]
+        self.local = isinstance(self._files, LocalFileSystem)
+        self.cache = None if self.local else cache
         self.meta = Meta.from_bytes(raw, f"{self.url}/{META}")
+        self._clips = self.meta.clips
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.catalog = Catalog(f"{self.url}/{CATALOG}", len(self), self.meta.members)
         # the C cache needs no lock of its own, so a fork cannot leave one held; a file it drops closes with its last reader
         self._open = lru_cache(_OPEN_FILES)(self._open_shard)
+        self._rows = RowCache(self.catalog)
+        self._sized: set[int] = set()  # shards elsewhere that were seen to be as long as they should be
+        self._begins = [0, *accumulate(s.clips for s in self.meta.shards)][:-1]
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str]) -> Dataset:
-        """Open a folder or any fsspec URL. Raises DatasetError when there is no data set there that this version can read."""
+    def open(cls, url: str | os.PathLike[str], cache: Cache | None = None) -> Dataset:
+        """Open a folder or any fsspec URL; a web server must answer ranges.
+
+        cache: where blocks of shards that are not local are kept. Without one, the environment's CMACC_CACHE names a folder
+        for it, and CMACC_CACHE_GB its limit in GB of 10^9 bytes (default: 16). Raises DatasetError when there is no data set
+        there that this version can read, or the environment asks for a cache that cannot be.
+        """
         url = os.fspath(url).rstrip("/")
         try:
             files, path = fsspec.core.url_to_fs(url)
-            raw = files.cat_file(f"{path}/{META}")
+            raw = patiently(lambda: files.cat_file(f"{path}/{META}"))
         except FileNotFoundError as e:
             missing = "is no data set: it has no dataset.json" if files.exists(path) else "does not exist"
             raise DatasetError(f"{url} {missing}; give the folder that `cmacc ingest` wrote") from e
         except Exception as e:  # each kind of bucket has errors of its own
             raise DatasetError(f"{url} cannot be read ({e}); check the address and the right to read it") from e
-        return cls(url, raw)
+        if cache is None and not isinstance(files, LocalFileSystem):
+            cache = _cache_of_environment()
+        return cls(url, raw, cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.url, self._raw)
+        return Dataset, (self.url, self._raw, self.cache)
+
+    @property
+    def _files(self) -> Any:
+        """The file system; an asynchronous one is of no use to a child that was forked, which makes its own."""
+        return self._store(os.getpid())[0]
 
     def __len__(self) -> int:
         """Number of clips."""
-        return self.meta.clips
+        return self._clips
 
     @cached_property
     def profile(self) -> Profile:
@@ -162,13 +193,44 @@ class Dataset:
 
     @cached_property
     def keys(self) -> NDArray[Any]:
-        """Key of each row, numpy strings (n,)."""
-        return self.catalog.texts("key")
+        """Key of each row, numpy strings (n,). For the rows of a few keys among millions, ask `rows_of`."""
+        found = np.empty(len(self), dtype=np.dtypes.StringDType())
+        for at in range(0, len(self), _KEYS_AT_ONCE):
+            rows = slice(at, min(at + _KEYS_AT_ONCE, len(self)))
+            some = self.catalog.texts("key", rows)
+            if len(some) < rows.stop - at:
+                raise DatasetError(f"{self.catalog.url} lost rows; opening it for writing mends it")
+            found[rows] = some
+        return found
+
+    @cached_property
+    def _key_column(self) -> pa.Array:
+        return self.catalog.arrow("key")
+
+    def rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Row number of each key, int64 (n,). Raises DatasetError for one that is not there.
+
+        Each call goes through the whole column, which stays in memory: ask for many keys at once.
+        """
+        asked = pa.array(keys, pa.large_string()).dictionary_encode()
+        place = pc.index_in(self._key_column, value_set=asked.dictionary)
+        there = np.flatnonzero(place.is_valid())
+        rows = np.full(len(asked.dictionary), -1, dtype=np.int64)
+        rows[place.drop_null().to_numpy()[::-1]] = there[::-1]  # of a key that is there twice, the first
+        found = rows[asked.indices.to_numpy(zero_copy_only=False)] if len(asked) else rows
+        if len(found) and found.min() < 0:
+            missing = keys[int(np.argmin(found))]
+            raise DatasetError(f"no clip of {self.url} has the key {missing!r}; `cmacc inspect` shows what is there")
+        return found
 
     @cached_property
     def shard_of_row(self) -> NDArray[np.int32]:
         """Shard number of each row, int32 (n,); a position in `meta.shards`."""
         return np.repeat(np.arange(len(self.meta.shards), dtype=np.int32), [s.clips for s in self.meta.shards])
+
+    def shard_of(self, row: int) -> int:
+        """Shard number of one row; without `shard_of_row`, which is as long as the data set."""
+        return bisect_right(self._begins, row) - 1
 
     def keys_of_shard(self, name: str) -> list[str]:
         """Keys of the clips of one shard, in its order. Raises DatasetError when there is no such shard."""
@@ -190,11 +252,12 @@ class Dataset:
             raise DatasetError(f"no clip of {self.url} is in split {split!r}; its splits are {there or 'none'}")
         return found.astype(np.int64, copy=False)
 
-    def read(self, row: int, members: Sequence[str] | None = None, *, check: bool = False) -> dict[str, bytes]:
-        """Bytes of some members of a clip (default: all of them), read in one go straight from its tar.
+    def read(self, row: int | str, members: Sequence[str] | None = None, *, check: bool = False) -> dict[str, bytes]:
+        """Bytes of some members of a clip (default: all of them), by its row number or its key, in one go straight from its tar.
 
-        check: compare the media members with their sha256 in the catalog. Raises DatasetError, IndexError.
+        check: compare the members with their sha256 in the catalog. Raises DatasetError, IndexError.
         """
+        row = int(self.rows_of([row])[0]) if isinstance(row, str) else row
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in {self.url}, which has {len(self)} clips")
         wanted = self.meta.members if members is None else tuple(members)
@@ -207,60 +270,142 @@ class Dataset:
         offsets, sizes = self.places(slice(row, row + 1))
         spans = [(int(offsets[0, c]), int(sizes[0, c])) for c in columns]
         begin, end = min(o for o, _ in spans), max(o + s for o, s in spans)
-        data = self.ranges([(int(self.shard_of_row[row]), begin, end)])[0]
-        found = {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
-        if check:
-            self._check(row, found)
+        shard = self.shard_of(row)
+
+        def members_now() -> dict[str, bytes]:
+            data = self.ranges([(shard, begin, end)])[0]
+            return {m: data[o - begin : o - begin + s] for m, (o, s) in zip(wanted, spans, strict=True)}
+
+        found = members_now()
+        wrong = self._wrong(row, found) if check else None
+        if wrong and self.cache:
+            # what the cache has may have been wrong when it was fetched, which its own checksums cannot tell
+            for number in range(begin // self.cache.block_bytes, -(-end // self.cache.block_bytes)):
+                self.cache.drop(self.meta.shards[shard].sha256, number)
+            found = members_now()
+            wrong = self._wrong(row, found)
+        if wrong:
+            raise self.damaged(row, wrong)
         return found
 
     def places(self, rows: slice | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the members of some clips lie in their shards: offsets and sizes, bytes, int64 (n, members) each."""
-        offsets, sizes = self._places
-        return offsets[rows], sizes[rows]
+        """Where the members of some clips lie in their shards: offsets and sizes, bytes, int64 (n, members) each.
 
-    @cached_property
-    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return self.catalog.column("offset"), self.catalog.column("size")
+        Only the catalog's chunks that hold these rows are read, and those used last are kept. The arrays may be read-only.
+        """
+        return self._rows.rows("offset", rows), self._rows.rows("size", rows)
 
-    def _check(self, row: int, found: dict[str, bytes]) -> None:
-        digests = self.catalog.column("sha256", slice(row, row + 1))[0]
+    def _wrong(self, row: int, found: dict[str, bytes]) -> str | None:
+        """The first member that does not have its sha256."""
+        digests = self._rows.rows("sha256", slice(row, row + 1))[0]
         # an earlier version kept no digest of the json member
         for digest, member in zip(digests, self.meta.members, strict=False):
             if member in found and hashlib.sha256(found[member]).digest() != digest.tobytes():
-                raise self.damaged(row, member)
+                return member
+        return None
 
     def damaged(self, row: int, member: str) -> DatasetError:
         """What to say of a member whose bytes are not those that were written."""
-        shard = self.meta.shards[self.shard_of_row[row]].name
+        shard = self.meta.shards[self.shard_of(row)].name
         where = f"{self.catalog.texts('key', slice(row, row + 1))[0]}.{member} in {self.url}/{shard}"
         return DatasetError(f"{where} has a wrong checksum; copy the shard again, or ingest it again")
 
     def ranges(self, spans: Sequence[tuple[int, int, int]]) -> list[bytes]:
-        """Bytes `begin` to `end` of a shard, for each (shard number, begin, end). Raises DatasetError for what is not there."""
-        return [self._range(*span) for span in spans]
+        """Bytes `begin` to `end` of a shard, for each (shard number, begin, end). Raises DatasetError for what is not there.
 
-    def _range(self, shard: int, begin: int, end: int) -> bytes:
-        if not 0 <= begin <= end <= self.meta.shards[shard].bytes:
-            name = self.meta.shards[shard].name
-            raise DatasetError(f"the catalog of {self.url} points outside {name} (bytes {begin} to {end}); run `cmacc lint`")
-        file = self._open(shard)
-        data = file.read(begin, end) if isinstance(file, _LocalFile) else self._files.cat_file(file, start=begin, end=end)
+        A local file is read span by span; elsewhere all of them are asked for at once, near ones together.
+        """
+        wanted = [Span(*span) for span in spans]
+        for shard, begin, end in wanted:
+            if not 0 <= begin <= end <= self.meta.shards[shard].bytes:
+                name = self.meta.shards[shard].name
+                raise DatasetError(f"the catalog of {self.url} points outside {name} (bytes {begin} to {end}); run `cmacc lint`")
+        if self.local:
+            return [self._pread(*span) for span in wanted]
+        return self._fetch(wanted) if self.cache is None else self._through(self.cache, wanted)
+
+    def _pread(self, shard: int, begin: int, end: int) -> bytes:
+        data = self._open(shard).read(begin, end)
         if len(data) < end - begin:
-            entry = self.meta.shards[shard]
-            raise DatasetError(f"{self.url}/{entry.name} is truncated: it should have bytes {begin} to {end}; copy it again")
+            raise self._cut(Span(shard, begin, end))
         return data
 
-    def _open_shard(self, shard: int) -> _LocalFile | str:
-        entry = self.meta.shards[shard]
-        path = f"{self._path}/{entry.name}"
+    def _cut(self, span: Span) -> DatasetError:
+        entry = self.meta.shards[span.file]
+        said = f"{self.url}/{entry.name} is truncated: it should have bytes {span.begin} to {span.end}"
+        return DatasetError(f"{said}; copy it again")
+
+    def _fetch(self, spans: list[Span]) -> list[bytes]:
+        """Straight from the store."""
+        numbers = sorted({s.file for s in spans if s.begin < s.end})
+        files = {n: File(f"{self._path}/{self.meta.shards[n].name}", self.meta.shards[n].bytes) for n in numbers}
         try:
-            file = _LocalFile(path) if isinstance(self._files, LocalFileSystem) else path
-            size = file.size if isinstance(file, _LocalFile) else self._files.size(path)
+            fresh = [n for n in numbers if n not in self._sized]
+            for number, size in zip(fresh, sizes(self._files, {n: files[n] for n in fresh}), strict=True):
+                if size not in (None, files[number].bytes):
+                    raise self._changed(number, size)
+            self._sized.update(fresh)
+            got = iter(fetch(self._files, files, [s for s in spans if s.begin < s.end]))
+        except Unreadable as e:
+            entry, why = self.meta.shards[e.span.file], e.__cause__
+            if isinstance(why, FileNotFoundError):
+                raise DatasetError(f"shard {entry.name} is missing from {self.url}; copy it there again") from e
+            if isinstance(why, EOFError):
+                raise self._cut(e.span) from e
+            said = f"bytes {e.span.begin} to {e.span.end} of {self.url}/{entry.name} cannot be read ({why})"
+            raise DatasetError(f"{said}; check the network and the right to read it, and try again") from e
+        return [next(got) if s.begin < s.end else b"" for s in spans]
+
+    def _through(self, cache: Cache, spans: list[Span]) -> list[bytes]:
+        """From the cache, where it has them; what it lacks is fetched in whole blocks and kept."""
+        step = cache.block_bytes
+        pieces: list[list[bytes | None]] = []
+        lacking: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # by block: which piece, and which bytes of it
+        for i, (shard, begin, end) in enumerate(spans):
+            entry, found = self.meta.shards[shard], list[bytes | None]()
+            for number in range(begin // step, -(-end // step)) if begin < end else ():
+                at = number * step
+                size = min(step, entry.bytes - at)
+                inner = max(begin - at, 0), min(end - at, size)
+                found.append(cache.get(entry.sha256, number, size, *inner))
+                if found[-1] is None:
+                    lacking.setdefault((shard, number), []).append((i, len(found) - 1, *inner))
+            pieces.append(found)
+        blocks = list(lacking)
+        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            some = blocks[first : first + _BLOCKS_AT_ONCE]
+            ends = [min((n + 1) * step, self.meta.shards[shard].bytes) for shard, n in some]
+            got = self._fetch([Span(shard, n * step, end) for (shard, n), end in zip(some, ends, strict=True)])
+            for (shard, number), data in zip(some, got, strict=True):
+                cache.put(self.meta.shards[shard].sha256, number, data)
+                for i, piece, begin, end in lacking[shard, number]:
+                    pieces[i][piece] = data[begin:end]
+        return [found[0] if len(found) == 1 and found[0] is not None else b"".join(p or b"" for p in found) for found in pieces]
+
+    def _open_shard(self, shard: int) -> _LocalFile:
+        entry = self.meta.shards[shard]
+        try:
+            file = _LocalFile(f"{self._path}/{entry.name}")
         except FileNotFoundError as e:
             raise DatasetError(f"shard {entry.name} is missing from {self.url}; copy it there again") from e
-        if size != entry.bytes:
-            raise DatasetError(f"{self.url}/{entry.name} is truncated or changed: {size} bytes, not {entry.bytes}; copy it again")
+        if file.size != entry.bytes:
+            raise self._changed(shard, file.size)
         return file
+
+    def _changed(self, shard: int, size: int | None) -> DatasetError:
+        entry = self.meta.shards[shard]
+        said = f"{self.url}/{entry.name} is truncated or changed: {size} bytes, not {entry.bytes}"
+        return DatasetError(f"{said}; copy it again")
+
+
+def _cache_of_environment() -> Cache | None:
+    folder, limit = os.environ.get("CMACC_CACHE"), os.environ.get("CMACC_CACHE_GB", "16")
+    if not folder:
+        return None
+    try:
+        return Cache(folder, int(float(limit) * 1e9))
+    except (ValueError, OverflowError) as e:
+        raise DatasetError(f"CMACC_CACHE_GB is {limit!r}; give a number of gigabytes") from e
 
 
 class _LocalFile:

@@ -311,3 +311,4 @@ class Upload:
         """Abort the upload; harmless after `publish`."""
         with contextlib.suppress(Exception):  # what was never begun cannot be aborted either
             self._file.discard()
+        self._file.closed = True  # or it would be flushed when it is collected, and say that it cannot

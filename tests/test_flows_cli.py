@@ -16,7 +16,9 @@ from cmacc.flows.cli import main
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.writer import DatasetWriter
 
-COMMANDS = ("sample-world", "ingest", "reshard", "inspect", "lint", "pretrain", "evaluate", "export", "embed", "run", "demo")
+COMMANDS = (
+    "sample-world", "ingest", "reshard", "inspect", "lint", "extract", "pretrain", "evaluate", "export", "embed", "run", "demo",
+)  # fmt: skip
 TINY = (
     "steps=4", "log_every=2", "eval_every=4", "checkpoint_every=4", "loader.batch=4", "view.frames=4", "view.size=24",
     "view.view_s=0.3", "objective.dictionary=16", "objective.pool=32", "eval_split=", "split=",

@@ -19,10 +19,13 @@ import pytest
 import zarr
 from media import make_clip, tiny_profile
 
+from cmacc.flows.cli import app
+from cmacc.shards.catalog import Catalog
 from cmacc.shards.catalog_writer import CatalogWriter
 from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset, Meta
 from cmacc.shards.errors import DatasetError
+from cmacc.shards.extract import extract
 from cmacc.shards.facts import facts_from_json, facts_to_json
 from cmacc.shards.place import place
 from cmacc.shards.writer import DatasetWriter
@@ -126,6 +129,93 @@ def test_threads_forks_and_pickles(whole: Path, clips: list[Clip]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     again = pickle.loads(pickle.dumps(dataset))
     assert again.fingerprint == dataset.fingerprint and again.read(3) == dataset.read(3)
+
+
+def test_keys_in_blocks(damaged: Path, clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmacc.shards.dataset._KEYS_AT_ONCE", 5)
+    assert Dataset.open(damaged).keys.tolist() == [c.key for c in clips]
+    zarr.open_group(damaged / "catalog.zarr", mode="r+")["key/offsets"].resize((N,))
+    with pytest.raises(DatasetError, match="lost rows; opening it for writing"):
+        _ = Dataset.open(damaged).keys
+
+
+def test_rows_of_keys(whole: Path, clips: list[Clip]) -> None:
+    dataset = Dataset.open(whole)
+    rows = [7, 0, 11, 7]
+    found = dataset.rows_of([clips[r].key for r in rows])
+    assert found.tolist() == rows and found.dtype == np.int64 and dataset.rows_of([]).tolist() == []
+    assert dataset.read(clips[5].key, ("flac",), check=True) == {"flac": clips[5].members["flac"]}
+    for missing in ("", "yt_nowhere", clips[0].key[:-1], "café"):
+        with pytest.raises(DatasetError, match=f"has the key {missing!r}"):
+            dataset.rows_of([clips[0].key, missing])
+    with DatasetWriter(whole.parent / "empty", tiny_profile()):
+        pass
+    with pytest.raises(DatasetError, match="has the key"):
+        Dataset.open(whole.parent / "empty").rows_of(["x"])
+
+
+def test_places(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked, and however many rows a chunk has: what the columns have."""
+    catalog = Dataset.open(whole).catalog
+    offset, size = catalog.column("offset"), catalog.column("size")
+    for chunk, at_once in ((5, 2), (1, 99), (4, 99), (1 << 20, 99)):
+        monkeypatch.setattr(Catalog, "chunk_rows", lambda *_, chunk=chunk: chunk)
+        monkeypatch.setattr("cmacc.shards.rows._AT_ONCE", at_once)
+        dataset = Dataset.open(whole)
+        asked = [slice(a, b) for a in range(N + 2) for b in range(a, N + 2)]
+        asked += [slice(None), slice(None, None, 2), slice(8, 2, -1), np.array([7]), np.array([11, 0, 5, 5]), np.array([], int)]
+        for rows in asked:
+            found = dataset.places(rows)
+            assert np.array_equal(found[0], offset[rows]) and np.array_equal(found[1], size[rows])
+            assert found[0].dtype == np.int64
+        for wrong in (np.array([-1]), np.array([3, N])):
+            with pytest.raises(IndexError):
+                dataset.places(wrong)
+        assert [dataset.shard_of(row) for row in range(N)] == dataset.shard_of_row.tolist()
+
+
+def test_only_the_chunks_asked_for_are_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Catalog, "chunk_rows", lambda *_: 4)
+    dataset, asked = Dataset.open(whole), []
+    real = dataset.catalog.column
+    monkeypatch.setattr(dataset.catalog, "column", lambda name, rows=None: (asked.append((name, rows)), real(name, rows))[1])
+    for row in (5, 6, 4, 7, 5):
+        dataset.read(row)
+    assert asked == [("offset", slice(4, 8)), ("size", slice(4, 8))]
+
+
+def test_extract(whole: Path, damaged: Path, tmp_path: Path, clips: list[Clip]) -> None:
+    files = extract(Dataset.open(whole), [3, 0], tmp_path / "out" / "new", ("flac",))
+    assert {f.name: f.read_bytes() for f in files} == {f"{clips[r].key}.flac": clips[r].members["flac"] for r in (3, 0)}
+    assert sorted(files) == sorted((tmp_path / "out" / "new").iterdir())
+    with pytest.raises(DatasetError, match="row 12 is not in"):
+        extract(Dataset.open(whole), [N], tmp_path / "out")
+    for wrong in ("../mp4", "a/b", "/mp4", "", ".mp4"):
+        with pytest.raises(DatasetError, match="is no extension for a file"):
+            extract(Dataset.open(whole), [0], tmp_path / "out", (wrong,))
+    values = zarr.open_group(damaged / "catalog.zarr", mode="r+")["key/values"]
+    values[:6] = np.frombuffer(b"../../", np.uint8)
+    with pytest.raises(DatasetError, match=r"row 0 of .* cannot be a file \(clip key '\.\./\.\./"):
+        extract(Dataset.open(damaged), [0], tmp_path / "out" / "bad")
+    values[:6] = np.frombuffer(clips[0].key[:6].encode(), np.uint8)
+    with (damaged / "clips-000000.tar").open("r+b") as file:
+        file.seek(600)
+        file.write(b"\xff\x00\xff")
+    with pytest.raises(DatasetError, match="wrong checksum"):
+        extract(Dataset.open(damaged), [0], tmp_path / "out" / "bad")
+    assert list((tmp_path / "out" / "bad").iterdir()) == []
+
+
+def test_the_command_extract(whole: Path, tmp_path: Path, clips: list[Clip], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["extract", str(whole), clips[4].key, "--rows", "1,2", "--members", "mp4", "--out", str(tmp_path)]
+    app(arguments, standalone_mode=False)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {
+        f"{clips[r].key}.mp4": clips[r].members["mp4"] for r in (4, 1, 2)
+    }
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"{clips[r].key}.mp4") for r in (4, 1, 2)]
+    for wrong, sentence in ((["--rows", "1,x"], "are not understood; give numbers"), ([], "give keys, or --rows 0,5")):
+        with pytest.raises(DatasetError, match=sentence):
+            app(["extract", str(whole), *wrong], standalone_mode=False)
 
 
 def open_files() -> int:
