@@ -5,6 +5,7 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `clip.Clip`, `clip.Facts`, `profile.Profile`   what a clip is, and how it is encoded
 `writer.DatasetWriter`                         clips in; shards committed one by one, whatever happens
 `dataset.Dataset`, `cache.Cache`               a clip's bytes by row or key, from a folder or any fsspec URL
+`extract.extract`                              some clips as files
 `catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
 `headers.headers`                              the members of a tar, read strictly

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Protocol, cast
@@ -22,6 +22,7 @@ from cmacc.shards.errors import DatasetError
 from cmacc.shards.publish import PartFile, clear_parts, publish, sync_directory, sync_tree
 
 Data = bytes  # its name, inside classes that have a property of that name
+_BATCH_BYTES = 64 << 20
 _UPLOAD_BYTES = 16 << 20  # of a part of a multipart upload; each open upload holds one or two in memory
 
 
@@ -253,9 +254,14 @@ class Bucket:
         with contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._path}/{name}/zarr.json")
         self.remove(name)
-        files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == "zarr.json", -len(f.parts), f))
-        for file in files:
-            self._files.pipe_file(f"{self._path}/{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        files = [f for f in folder.rglob("*") if f.is_file()]
+        root = folder / "zarr.json"
+        for some in (
+            *_batches([f for f in files if f.name != root.name]),
+            [f for f in files if f.name == root.name and f != root],
+        ):
+            self._files.pipe({f"{self._path}/{name}/{f.relative_to(folder).as_posix()}": f.read_bytes() for f in some})
+        self._files.pipe_file(f"{self._path}/{name}/{root.name}", root.read_bytes())
         self._files.invalidate_cache()
 
     @contextlib.contextmanager
@@ -271,6 +277,21 @@ class Bucket:
 
     def clear(self) -> None:
         """An upload that was not completed is no object; the bucket's own rules for such uploads remove its parts."""
+
+
+def _batches(files: Iterable[Path]) -> Iterator[list[Path]]:
+    """Files to upload at once, as many as fit into `_BATCH_BYTES`."""
+    some: list[Path] = []
+    size = 0
+    for file in files:
+        more = file.stat().st_size
+        if some and size + more > _BATCH_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(file)
+        size += more
+    if some:
+        yield some
 
 
 class Upload:
