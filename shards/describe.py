@@ -53,6 +53,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def _quantiles(values: NDArray[Any]) -> dict[str, float]:
+    """Of those that were measured: NaN stands for what was not."""
+    values = values[~np.isnan(values)]
     if not len(values):
         return {}
     return {f"{q:.0%}": float(v) for q, v in zip(_QUANTILES, np.quantile(values, _QUANTILES), strict=True)}
