@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,8 @@ def _tars(home: Place, files: Any, path: str) -> tuple[list[Tar], list[tuple[str
 
 def _stamp(info: dict[str, Any]) -> str:
     for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created"):
-        if info.get(name):
-            return f"{name} {info[name]}"
+        if value := info.get(name):
+            return f"{name} {value.timestamp() if isinstance(value, datetime) else value}"
     return ""
 
 
