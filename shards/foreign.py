@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 import cmacc
@@ -57,6 +58,7 @@ REASONS = {
 }  # fmt: skip
 _NEARLY_ALL = 0.9
 _MOST_SPLITS = 1000
+_ROWS_AT_ONCE = 20_000  # an append costs as much for a few as for many
 _SOUND_TOLERANCE_S = 0.1
 _PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)", re.IGNORECASE)
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")  # as dataset.json has them
@@ -553,13 +555,21 @@ class _Indexes:
 def _write_catalog(home: Place, members: tuple[str, ...], numbers: dict[str, int], notes: Iterator[Notes]) -> None:
     book = _Book(members)
     with home.aside("index") as folder:
-        beside = place(folder)
-        catalog = CatalogWriter.create(beside, members)
+        catalog = CatalogWriter.create(place(folder), members)
+        rows: list[tuple[int, Entry]] = []
         for each in notes:
             entries, _ = book.clips(each)
-            if each.tar.name in numbers:
-                catalog.append(numbers[each.tar.name], entries)
+            rows += [(numbers[each.tar.name], entry) for entry in entries]
+            if len(rows) >= _ROWS_AT_ONCE:
+                _append(catalog, rows)
+                rows = []
+        if rows:
+            _append(catalog, rows)
         home.put(folder / CATALOG, CATALOG)
+
+
+def _append(catalog: CatalogWriter, rows: list[tuple[int, Entry]]) -> None:
+    catalog.append(np.array([number for number, _ in rows], dtype=np.int32), [entry for _, entry in rows])
 
 
 def said_of(dataset: Dataset, row: int) -> Said:

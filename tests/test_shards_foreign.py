@@ -388,7 +388,7 @@ def test_tars_that_cannot_be_named_or_read_at_random(tmp_path: Path) -> None:
     found = index(tmp_path)
     assert found.left_out == {"tar": 6} and found.remarks == ["empty.tar holds no clip that can be used, and is left out"]
     text = (tmp_path / "index-report.csv").read_text()
-    assert "x.tar.gz,,tar,it is compressed and cannot be read at random" in text and "_x.tar,,tar,its name" in text
+    assert "x.tar.gz,,tar,it is compressed and cannot be read at random" in text and '_x.tar,,tar,"its name' in text
 
 
 @pytest.mark.parametrize(
@@ -547,17 +547,17 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_interrupted_anywhere_it_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
-    """Everything that is written passes four functions: the k-th call of them is the last, for all k."""
-    tars = {name: pair(f"{name}-one", i) for i, name in enumerate("abc")}
+    """Everything that is written passes four functions: the k-th call of them is the last, for every other k."""
+    tars = {name: pair(f"{name}-one", i) for i, name in enumerate("ab")}
     whole = tmp_path / "whole"
     whole.mkdir()
     index(write(whole, **tars))
     expected = (whole / "dataset.json").read_bytes()
-    for last in range(100):
+    for last in range(fresh, 100, 2):
         folder = tmp_path / f"k{last}"
         folder.mkdir()
         if not fresh:
-            index(write(folder, a=tars["a"], b=pair("old")))
+            index(write(folder, a=pair("old")))
         write(folder, **tars)
         left = last
 
@@ -581,12 +581,12 @@ def test_interrupted_anywhere_it_is_finished(tmp_path: Path, monkeypatch: pytest
             else:
                 break
         if (folder / "dataset.json").exists():
-            assert not fresh and Dataset.open(folder).keys.tolist() == ["a-one", "old"]
+            assert not fresh and Dataset.open(folder).keys.tolist() == ["old"]
         index(folder)
         assert (folder / "dataset.json").read_bytes() == expected
         assert repr(Dataset.open(folder).catalog.facts()) == repr(Dataset.open(whole).catalog.facts())
         shutil.rmtree(folder)
-    assert 8 < last < 99
+    assert 8 < last < 30
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
