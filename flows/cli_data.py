@@ -86,7 +86,8 @@ def index(
     does not fit is left out and told in index-report.csv. Run it again when tars came, changed or went: it reads those alone.
     """
     from cmacc.flows.progress import progress
-    from cmacc.shards.foreign import REASONS, REPORT, index_foreign
+    from cmacc.shards.foreign import REPORT, index_foreign
+    from cmacc.shards.foreign_rows import REASONS
     from cmacc.shards.said import Fields
 
     fields = Fields(label_field, source_field, split_field, caption_field)

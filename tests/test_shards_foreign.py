@@ -30,7 +30,8 @@ from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_to_json
-from cmacc.shards.foreign import Indexed, facts_with_captions, index_foreign, said_of
+from cmacc.shards.foreign import Indexed, index_foreign
+from cmacc.shards.foreign_rows import facts_with_captions, said_of
 from cmacc.shards.place import Folder
 from cmacc.shards.probe import Window, probe
 from cmacc.shards.prober import Prober
