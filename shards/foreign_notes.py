@@ -170,7 +170,8 @@ def _line(sample: Sample, reader: _Reader, local: str | None, asked: Asked, prob
     try:
         known: dict[str, Any] = _said_json(said(sample.key, texts, asked.fields))
     except ValueError as e:
-        known = {"error": str(e)}
+        rest = {extension: data for extension, data in texts.items() if extension != "json"}
+        known = {**_said_json(said(sample.key, rest, asked.fields)), "error": str(e)}
     members = [[m.name, m.header, m.offset, m.size, d.hex()] for m, d in zip(sample.members, sample.digests, strict=True)]
     return {"path": sample.path, "members": members, "media": media, "said": known}
 

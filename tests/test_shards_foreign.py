@@ -325,6 +325,27 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path).keys.tolist()[-1] == "between"
 
 
+def test_files_of_a_mac_and_folders_do_not_part_a_sample(tmp_path: Path) -> None:
+    one = pair("one")
+    write(tmp_path, x=[("._one.mp4", b"x"), one[0], ("._one.flac", b"x"), one[1], ("LICENSE", b"x"), one[2], ("dot.", b"x")])
+    assert (index(tmp_path).clips, index(tmp_path).left_out) == (1, {})
+
+
+def test_bad_json_matters_only_where_json_is_a_member(tmp_path: Path) -> None:
+    write(tmp_path, x=[*pair("one"), *pair("two")[:2], ("two.json", b"{"), ("two.cls", b"5")])
+    assert index(tmp_path, members=["mp4", "flac", "json"]).left_out == {"json": 1}
+    assert index(tmp_path, members=["mp4", "flac"]).clips == 2
+    facts = Dataset.open(tmp_path).catalog.facts()[1]
+    assert facts.labels == ("5",) and facts.source == source_of("two")
+
+
+def test_a_field_that_is_no_split_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmacc.shards.foreign_rows._MOST_SPLITS", 1)
+    write(tmp_path, x=[*pair("one", title="a"), *pair("two", title="b")])
+    with pytest.raises(DatasetError, match="more than 1 splits; name the field"):
+        index(tmp_path, fields=Fields(split="title"))
+
+
 def test_links_and_devices_are_told(tmp_path: Path) -> None:
     out = io.BytesIO(tar_bytes(pair("one")))
     with tarfile.open(fileobj=out, mode="a") as tar:
@@ -588,6 +609,41 @@ def test_interrupted_anywhere_it_is_finished(tmp_path: Path, monkeypatch: pytest
         assert repr(Dataset.open(folder).catalog.facts()) == repr(Dataset.open(whole).catalog.facts())
         shutil.rmtree(folder)
     assert 8 < last < 30
+
+
+SUICIDE = """
+import os, sys
+from pathlib import Path
+from cmacc.shards.foreign import index_foreign
+from cmacc.shards.place import Folder
+inner, written = Folder.publish, []
+def publish(*args):
+    inner(*args)
+    written.append(args)
+    if len(written) == 3:
+        print(*(file.read_text() for file in Path("/proc/self/task").glob("*/children")), flush=True)
+        os.kill(os.getpid(), 9)
+Folder.publish = publish
+index_foreign(sys.argv[1], workers=1)
+"""
+
+
+def test_killed_it_is_continued(tmp_path: Path) -> None:
+    """By SIGKILL, while it reads; its children go with it, and what was read is not read again."""
+    write(tmp_path, **{f"t{i}": pair(f"clip{i}", i % 4) for i in range(5)})
+    done = subprocess.run([sys.executable, "-c", SUICIDE, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL and done.stdout.split()
+    assert not (tmp_path / "dataset.json").exists()
+    found = index(tmp_path)
+    assert (found.clips, found.read, found.unchanged) == (5, 2, 3)
+    assert not [pid for pid in done.stdout.split() if b"cmacc.shards.probe" in command_line(int(pid))]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
