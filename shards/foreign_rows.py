@@ -119,7 +119,7 @@ class Book:
             if "error" in sample.media.get(m, {}):
                 raise Left("media", f"{m}: {sample.media[m]['error']}")
         if (seen := hash(sample.key)) in self._seen:
-            raise Left("duplicate", "the first one is taken")
+            raise Left("duplicate", "the first one is taken" + ("; folders are no part of a key" if "/" in sample.path else ""))
         self._seen.add(seen)
         facts = facts_of(sample, self.members)
         self._splits.add(facts.split)

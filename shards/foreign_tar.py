@@ -97,8 +97,8 @@ class ForeignTar:
                         sample = Sample(member.key)
                     sample.members.append(member)
                     sample.digests.append(self._read(tar, info, self._keep(sample, member)))
-        except (RecursionError, ValueError, OverflowError) as e:
-            raise tarfile.ReadError(f"a header makes no sense ({e})") from e
+        except (tarfile.TarError, RecursionError, ValueError, OverflowError) as e:
+            raise tarfile.ReadError(f"it is damaged or cut short behind byte {end} ({e})") from e
         self._file.drain()
         self._check_end(end)
         if sample is not None:
@@ -131,7 +131,7 @@ class ForeignTar:
                 sink(block)
             left -= len(block)
         if left:
-            raise tarfile.ReadError(f"the tar ends inside {info.name!r}")
+            raise tarfile.ReadError(f"it ends inside {info.name!r}")
         return digest.digest()
 
     def _refuse_packed(self) -> None:

@@ -33,9 +33,10 @@ class Prober:
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(json.dumps(question).encode() + b"\n")
             child.stdin.flush()
-            if not select.select([child.stdout], [], [], self.limit_s)[0]:
+            limit_s = self.limit_s + (size >> 20 if measure else 0)  # decoding takes its time
+            if not select.select([child.stdout], [], [], limit_s)[0]:
                 self._end()
-                raise ValueError(f"nothing is known of it after {self.limit_s:g} s")
+                raise ValueError(f"nothing is known of it after {limit_s:g} s")
             line = child.stdout.readline()
         if not line.endswith(b"\n"):
             code = self._end()

@@ -32,6 +32,7 @@ from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_to_json
 from cmacc.shards.foreign import Indexed, index_foreign
 from cmacc.shards.foreign_rows import facts_with_captions, said_of
+from cmacc.shards.foreign_tar import ForeignTar
 from cmacc.shards.place import Folder
 from cmacc.shards.probe import Window, probe
 from cmacc.shards.prober import Prober
@@ -402,6 +403,32 @@ def test_a_bad_tar_does_not_stop_the_others(tmp_path: Path, kind: str) -> None:
     assert index(tmp_path).unchanged == 2
 
 
+def test_cut_at_any_block_it_is_refused() -> None:
+    small = [("a.mp4", b"x" * 700), ("a.json", b"{}"), ("b.mp4", b"y" * 512), ("b.json", b"{}")]
+    whole = tar_bytes(small, tarfile.USTAR_FORMAT)
+    end = 512 * (3 + 2 + 2 + 2)
+    assert [s.key for s in ForeignTar(io.BytesIO(whole[: end + 1024]))] == ["a", "b"]
+    for cut in range(0, end + 1024, 512):
+        with pytest.raises(tarfile.TarError, match=r"(behind|at) byte \d+"):
+            list(ForeignTar(io.BytesIO(whole[:cut])))
+
+
+def test_no_flipped_byte_does_more_than_damage() -> None:
+    """Either the tar is refused, or what it gives lies within it."""
+    whole, rng, refused = tar_bytes([*pair("./a"), *pair("./b")], tarfile.GNU_FORMAT), np.random.default_rng(0), 0
+    for place in rng.integers(0, 512, 300):
+        data = bytearray(whole)
+        data[place] ^= int(rng.integers(1, 256))
+        tar = ForeignTar(io.BytesIO(bytes(data)))
+        try:
+            members = [m for sample in tar for m in sample.members]
+        except tarfile.TarError:
+            refused += 1
+            continue
+        assert tar.sha256 == hashlib.sha256(data).hexdigest() and all(m.end <= len(data) for m in members)
+    assert refused > 250
+
+
 def test_tars_that_cannot_be_named_or_read_at_random(tmp_path: Path) -> None:
     write(tmp_path, good=pair("one"), empty=tar_bytes([]))
     for name in ("with space.tar", "_x.tar", "a.b.tar", "BIG.TAR", "x.tar.gz", "y.tgz"):
@@ -569,13 +596,13 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_interrupted_anywhere_it_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
-    """Everything that is written passes four functions: the k-th call of them is the last, for every other k."""
+    """Everything that is written passes four functions: the k-th call of them is the last, for every third k."""
     tars = {name: pair(f"{name}-one", i) for i, name in enumerate("ab")}
     whole = tmp_path / "whole"
     whole.mkdir()
     index(write(whole, **tars))
     expected = (whole / "dataset.json").read_bytes()
-    for last in range(fresh, 100, 2):
+    for last in range(fresh, 100, 3):
         folder = tmp_path / f"k{last}"
         folder.mkdir()
         if not fresh:
