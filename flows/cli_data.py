@@ -86,14 +86,14 @@ def index(
     does not fit is left out and told in index-report.csv. Run it again when tars came, changed or went: it reads those alone.
     """
     from cmacc.flows.progress import progress
-    from cmacc.shards.foreign import REPORT, index_foreign
+    from cmacc.shards.foreign import REPORT, index_shards
     from cmacc.shards.foreign_rows import REASONS
     from cmacc.shards.said import Fields
 
     fields = Fields(label_field, source_field, split_field, caption_field)
     chosen = members.split(",") if members else None
     with progress("index", total=0) as tell:
-        done = index_foreign(
+        done = index_shards(
             folder, fields=fields, members=chosen, measure=measure, workers=workers,
             on_progress=lambda read, total, name: tell(read, f"MiB  {name}", total),
         )  # fmt: skip

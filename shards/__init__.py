@@ -9,7 +9,6 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
 `foreign.index_shards`                         tars that others wrote, made a data set where they lie
-`foreign.index_foreign`                        tars that others wrote, made a data set where they lie
 `lint.lint`, `describe.describe`, `page.write_page`  is it sound, and what is in it
 `errors.DatasetError`                          what goes wrong, in one sentence
 

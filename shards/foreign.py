@@ -56,7 +56,7 @@ class Indexed:
     remarks: list[str] = field(default_factory=list)
 
 
-def index_foreign(
+def index_shards(
     url: str | os.PathLike[str],
     *,
     fields: Fields | None = None,

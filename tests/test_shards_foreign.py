@@ -30,7 +30,7 @@ from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_to_json
-from cmacc.shards.foreign import Indexed, index_foreign
+from cmacc.shards.foreign import Indexed, index_shards
 from cmacc.shards.foreign_rows import facts_with_captions, said_of
 from cmacc.shards.foreign_tar import ForeignTar
 from cmacc.shards.place import Folder
@@ -97,7 +97,7 @@ def write(folder: Path, **tars: Members | bytes) -> Path:
 
 
 def index(folder: Path, **options: Any) -> Indexed:
-    return index_foreign(folder, workers=2, **options)
+    return index_shards(folder, workers=2, **options)
 
 
 def report(folder: Path) -> dict[tuple[str, str], str]:
@@ -641,7 +641,7 @@ def test_interrupted_anywhere_it_is_finished(tmp_path: Path, monkeypatch: pytest
 SUICIDE = """
 import os, sys
 from pathlib import Path
-from cmacc.shards.foreign import index_foreign
+from cmacc.shards.foreign import index_shards
 from cmacc.shards.place import Folder
 inner, written = Folder.publish, []
 def publish(*args):
@@ -651,7 +651,7 @@ def publish(*args):
         print(*(file.read_text() for file in Path("/proc/self/task").glob("*/children")), flush=True)
         os.kill(os.getpid(), 9)
 Folder.publish = publish
-index_foreign(sys.argv[1], workers=1)
+index_shards(sys.argv[1], workers=1)
 """
 
 
@@ -687,13 +687,13 @@ def test_a_bucket() -> None:
     try:
         steps: list[tuple[int, int, str]] = []
         url = "memory://foreign"
-        found = index_foreign(url, workers=2, on_progress=lambda *step: steps.append(step))
+        found = index_shards(url, workers=2, on_progress=lambda *step: steps.append(step))
         assert (found.clips, found.read) == (2, 2) and steps
         dataset = Dataset.open(url)
         for row, key in enumerate(dataset.keys.tolist()):
             assert dataset.read(row, check=True) == expected[key]
         assert memory.cat_file("/foreign/one.idx").startswith(b"v1.2 1\nmp4 ")
-        assert index_foreign(url).unchanged == 2
+        assert index_shards(url).unchanged == 2
     finally:
         memory.rm("/foreign", recursive=True)
 
