@@ -120,8 +120,9 @@ class _Meter:
 
     def tell(self, name: str, done: int) -> None:
         with self._guard:
-            before = self._sum >> 20
+            before = self._sum
             self._sum += done - self._done.get(name, 0)
             self._done[name] = done
-            if self._on_progress and (self._sum >> 20 > before or self._sum == self._total):
-                self._on_progress(self._sum >> 20, self._total >> 20, name)
+            whole = -(-self._total >> 20)
+            if self._on_progress and (self._sum >> 20 > before >> 20 or before < self._sum == self._total):
+                self._on_progress(whole if self._sum == self._total else self._sum >> 20, whole, name)

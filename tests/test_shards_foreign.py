@@ -37,6 +37,7 @@ from cmacc.shards.place import Folder
 from cmacc.shards.probe import Window, probe
 from cmacc.shards.prober import Prober
 from cmacc.shards.query import matching
+from cmacc.shards.reshard import reshard
 from cmacc.shards.said import Fields, said, source_of
 from cmacc.shards.writer import DatasetWriter
 
@@ -534,6 +535,17 @@ def test_profile_is_inferred_where_all_are_alike(tmp_path: Path, other: Members,
         assert Dataset.open(tmp_path).profile == replace(tiny_profile(), name="foreign")
 
 
+def test_reshard_takes_them(tmp_path: Path) -> None:
+    """The bytes of the chosen clips, from tars with folders, other samples and members in another order."""
+    first, second = [m for i in range(3) for m in pair(f"./a/k{i}", i)], [("s.json", b"{}"), *reversed(pair("b/k7", 7))]
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", a=first, b=second)
+    index(tmp_path / "in", members=["mp4", "flac", "json"])
+    reshard([tmp_path / "in"], tmp_path / "out", where="key <> 'k1'", order="by:key")
+    expected = {f"k{i}": {n.rpartition(".")[2]: d for n, d in pair("k", i)} for i in (0, 2, 7)}
+    assert_rows_are_right(tmp_path / "out", expected)
+
+
 def test_audio_alone(tmp_path: Path) -> None:
     sounds = [(f"s{i}.{m}", audio_bytes(i, codec="opus" if m == "opus" else "flac")) for i in range(3) for m in ("opus",)]
     write(tmp_path, x=sounds)
@@ -688,7 +700,7 @@ def test_a_bucket() -> None:
         steps: list[tuple[int, int, str]] = []
         url = "memory://foreign"
         found = index_shards(url, workers=2, on_progress=lambda *step: steps.append(step))
-        assert (found.clips, found.read) == (2, 2) and steps
+        assert (found.clips, found.read) == (2, 2) and steps[-1][:2] == (1, 1)
         dataset = Dataset.open(url)
         for row, key in enumerate(dataset.keys.tolist()):
             assert dataset.read(row, check=True) == expected[key]
