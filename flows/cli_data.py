@@ -66,6 +66,56 @@ def reshard(
     print_table(f"reshard: {out}", done)
 
 
+@app.command(
+    epilog="Example: [bold]cmacc index /data/webvid[/bold], then [bold]cmacc inspect /data/webvid[/bold] "
+    "and [bold]cmacc reshard /data/webvid --out data/webvid --transcode h264[/bold]"
+)
+def index(
+    folder: Annotated[str, typer.Argument(help="Folder or fsspec URL with tars of video2dataset, webdataset or others.")],
+    members: Annotated[
+        str | None, typer.Option(help="Members of every clip, as mp4,json. Default: those that nearly all samples have.")
+    ] = None,
+    label_field: Annotated[str | None, typer.Option(help="Where the labels are, as tags or info.category or cls.")] = None,
+    source_field: Annotated[str | None, typer.Option(help="Where the source video is: a URL, a YouTube id, a name.")] = None,
+    split_field: Annotated[str | None, typer.Option(help="Where the split is.")] = None,
+    caption_field: Annotated[str | None, typer.Option(help="Where the caption is.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Tars read at once; 0: one a core, at most 8.")] = 0,
+    measure: Annotated[bool, typer.Option("--measure", help="Decode everything, for loudness and motion.")] = False,
+) -> None:
+    """Make tars that others wrote a data set where they lie: catalog and indexes beside them, no tar is touched.
+
+    Fields are dotted paths into the json member, or names of text members; those of video2dataset and webdataset are known. What
+    does not fit is left out and told in index-report.csv. Run it again when tars came, changed or went: it reads those alone.
+    """
+    from cmacc.flows.progress import progress
+    from cmacc.shards.foreign import REPORT, index_shards
+    from cmacc.shards.foreign_rows import REASONS
+    from cmacc.shards.said import Fields
+
+    fields = Fields(label_field, source_field, split_field, caption_field)
+    chosen = members.split(",") if members else None
+    with progress("index", total=0) as tell:
+        done = index_shards(
+            folder, fields=fields, members=chosen, measure=measure, workers=workers,
+            on_progress=lambda read, total, name: tell(read, f"MiB  {name}", total),
+        )  # fmt: skip
+    profile = done.profile
+    alike = (
+        f"{profile.codec} and {profile.audio_codec}: train from it as it is" if profile else "not one of ours: transcode to train"
+    )
+    print_table(
+        f"index: {folder}",
+        {
+            "clips": f"{done.clips} of {done.samples} samples", "members": ", ".join(done.members), "profile": alike,
+            "tars": f"{done.shards} in the data set; {done.read} read now, {done.unchanged} known from before",
+        },
+    )  # fmt: skip
+    if done.left_out:
+        print_table(f"left out: see {REPORT}", {f"{n}": f"{reason}: {REASONS[reason]}" for reason, n in done.left_out.items()})
+    for remark in done.remarks:
+        err_console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True, highlight=False)
+
+
 @app.command(epilog="Example: [bold]cmacc inspect data/audioset --page page.html --where \"list_contains(labels, 'Dog')\"[/bold]")
 def inspect(
     data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],

@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from cmacc.ingest import Checks, ClipRequest, IngestFailure, Limits, Media, transcode
-from cmacc.shards.clip import Clip
+from cmacc.shards.clip import AUDIO, VIDEO, Clip
 from cmacc.shards.options import change
 from cmacc.shards.profile import Profile
 from cmacc.shards.profile import profile as named_profile
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400.0
 _KEEP_ALL = Checks(silent="column", still="column")
-_VIDEO, _AUDIO = ("mp4", "webm", "mkv", "mov", "m4v", "avi"), ("flac", "opus", "ogg", "wav", "mp3", "m4a")
 
 
 def parse_profile(text: str) -> Profile:
@@ -84,8 +83,8 @@ def _pool(held: ExitStack, workers: int) -> ProcessPoolExecutor:
 
 def encode_anew(clip: Clip, profile: Profile) -> Clip:
     """One clip of another profile, from the bytes of its members. Raises IngestFailure."""
-    video = next((clip.members[m] for m in _VIDEO if m in clip.members), b"")
-    sound = next((clip.members[m] for m in _AUDIO if m in clip.members), None)
+    video = next((clip.members[m] for m in VIDEO if m in clip.members), b"")
+    sound = next((clip.members[m] for m in AUDIO if m in clip.members), None)
     media = Media(io.BytesIO(video), None if sound is None else io.BytesIO(sound))
     request = ClipRequest(0, "", clip.facts.source, clip.key)
     limits = Limits(max_clip_s=_DAY_S)

@@ -64,8 +64,9 @@ class CatalogWriter(Catalog):
             home.put(folder, CATALOG)
         return cls(home, len(columns["shard"]), members)
 
-    def append(self, shard: int, entries: Sequence[Entry]) -> None:
-        """Write the rows of one shard after the rows that count, and count them; on disk when it returns."""
+    def append(self, shard: int | NDArray[np.int32], entries: Sequence[Entry]) -> None:
+        """Write the rows of one shard, or of many (shard: int32 (n,)), after the rows that count, and count them; on disk when
+        it returns."""
         began = time.time_ns() - 1_000_000_000  # file times are coarser than the clock
         at, facts = self.rows, [e.facts for e in entries]
         self._put("shard", at, np.full(len(entries), shard))

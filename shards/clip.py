@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass, field
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,96}")
+VIDEO = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+AUDIO = ("flac", "opus", "ogg", "wav", "mp3", "m4a")
+"""Extensions of media members. Ours are mp4, and flac or opus; the others are met in shards that were made elsewhere."""
 _FINGERPRINT = re.compile(r"([0-9a-f]{64})?")
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 

@@ -14,6 +14,7 @@ from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
+from cmacc.shards.foreign_rows import facts_with_captions
 from cmacc.shards.index import Member, publish_indexes
 from cmacc.shards.layout import Layout, split_words
 from cmacc.shards.place import Place
@@ -85,7 +86,7 @@ def read_clips(datasets: Sequence[Dataset], plan: Plan, there: frozenset[str]) -
         found = dataset.read(row, check=True)
         own = found.pop("json", b"")
         try:
-            facts = dataset.catalog.facts(here)[0] if dataset.meta.foreign else facts_from_json(own)
+            facts = facts_with_captions(dataset, row) if dataset.meta.foreign else facts_from_json(own)
         except ValueError as e:
             raise DatasetError(f"clip {key} of {dataset.url} cannot be copied: {e}; leave it out by key <> '{key}'") from e
         if plan.split is not None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cmacc.shards.catalog import Catalog
+from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.pictures import frames, log_mel_picture, sound, strip, waveform
-from cmacc.shards.preview import AUDIO, VIDEO, first_of
+from cmacc.shards.preview import first_of
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MEASURED = ("duration_s", "loudness_db", "motion", "av_offset_s", "av_trust")
@@ -81,6 +82,7 @@ def evenly(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
 
 
 def _quantiles(values: NDArray[Any]) -> dict[str, float]:
+    """Of those that were measured: NaN stands for what was not."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 
-from cmacc.shards.clip import Facts
+from cmacc.shards.clip import AUDIO, VIDEO, Facts
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
@@ -34,7 +34,7 @@ def media_faults(dataset: Dataset, row: int) -> Iterator[Fault]:
         return
     for member, data in found.items():
         where = f"{key}.{member}"
-        if member == "json":
+        if member not in VIDEO and member not in AUDIO:
             continue
         try:
             if facts is None:

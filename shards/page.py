@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmacc.shards.charts import bars, clean, histogram
+from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe, evenly, label_counts, split_counts
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.page_look import SCRIPT, STYLE
 from cmacc.shards.pictures import LONGEST_S, mel
-from cmacc.shards.preview import AUDIO, PICTURES, TEXT, VIDEO, Preview, kind_of, preview
+from cmacc.shards.preview import PICTURES, TEXT, Preview, kind_of, preview
 from cmacc.shards.publish import publish
 from cmacc.shards.query import matching
 

@@ -16,10 +16,9 @@ from typing import Any
 import av
 from PIL import Image
 
+from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.pictures import LONGEST_S, film, first_stream, frames, log_mel_picture, open_media, sound, strip
 
-VIDEO = ("mp4", "webm", "mkv", "mov", "avi")
-AUDIO = ("flac", "opus", "ogg", "wav", "mp3", "m4a")
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXT = ("txt", "caption", "text")
 _COPIED = {"h264": ("yuv420p", "yuvj420p"), "vp9": ("yuv420p",), "av1": ("yuv420p",)}

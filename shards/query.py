@@ -36,6 +36,7 @@ def column_values(dataset: Dataset, name: str) -> pa.Array:
 def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
     """Row numbers, ascending, for which the SQL expression `where` is true, e.g. `duration_s >= 10 and 'dog' in labels`.
 
+    What was not measured, NaN in the catalog, is NULL here: `loudness_db IS NULL` finds it, and no comparison does.
     The expression is all that DuckDB takes: no statement, and no way to files, the network or Python's variables.
     Raises DatasetError with DuckDB's reason and the columns there are.
     """
@@ -44,7 +45,7 @@ def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
         return rows
     # only columns that are named are read: the others of ten million rows stay where they are
     words = {word.lower() for word in re.findall(r"\w+", where)}
-    named = {c: column_values(dataset, c) for c in query_columns(dataset) if c.lower() in words}
+    named = {c: _measured(column_values(dataset, c)) for c in query_columns(dataset) if c.lower() in words}
     with duckdb.connect(":memory:") as db:
         for setting in _SETTINGS:
             db.execute(f"SET {setting}")
@@ -56,6 +57,12 @@ def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
             known = ", ".join(query_columns(dataset))
             raise DatasetError(f"where {where!r} is not understood: {reason}; columns are {known}") from e
     return np.sort(np.asarray(found, dtype=np.int64))
+
+
+def _measured(values: pa.Array) -> pa.Array:
+    """NaN, for which SQL would have every clip be louder than any limit, as NULL."""
+    unknown = pc.is_nan(values) if pa.types.is_floating(values.type) else None
+    return values if unknown is None or not pc.any(unknown).as_py() else pc.if_else(unknown, None, values)
 
 
 def sorted_by(datasets: list[Dataset], rows: list[NDArray[np.int64]], name: str) -> NDArray[np.int64]:

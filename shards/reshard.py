@@ -349,7 +349,9 @@ def _provenance(
         "profile": profile.to_json() if profile else None,
         "shard_bytes": shard_bytes,
     }
-    return {"reshard": made_by, "versions": {"cmacc": cmacc.__version__, "duckdb": duckdb.__version__}}
+    # foreign clips go on saying their captions and labels where they said them
+    told = {"index": index} if (index := datasets[0].meta.provenance.get("index")) and not profile else {}
+    return {**told, "reshard": made_by, "versions": {"cmacc": cmacc.__version__, "duckdb": duckdb.__version__}}
 
 
 def _question(provenance: dict[str, Any]) -> dict[str, Any]:
