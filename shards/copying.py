@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from tarfile import BLOCKSIZE
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,12 @@ from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.foreign_rows import facts_with_captions
 from cmacc.shards.index import Member, publish_indexes
-from cmacc.shards.layout import Layout, split_words
+from cmacc.shards.layout import Piece, split_words
 from cmacc.shards.place import Place
-from cmacc.shards.tar import tar_end, tar_member, tar_padding
+from cmacc.shards.tar import tar_end, tar_member
 
-_BATCH = 8 << 20  # bytes of members in memory at once, unless one alone is larger
+_BATCH = 8 << 20  # bytes in memory at once, unless one clip alone is larger
+_ZEROS = bytes(BLOCKSIZE)
 
 
 @dataclass(frozen=True)
@@ -31,45 +33,91 @@ class Copied:
     json_sha256: NDArray[np.uint8] | None
 
 
-def copy_shard(
-    datasets: Sequence[Dataset], plan: Plan, layout: Layout, number: int, members: Sequence[str], home: Place
-) -> Copied:
-    """Write shard `number` of the layout with its indexes; nothing of it is seen before it is whole.
+def copy_shard(datasets: Sequence[Dataset], piece: Piece, members: Sequence[str], home: Place) -> Copied:
+    """Write one shard of a layout with its indexes; nothing of it is seen before it is whole.
 
     Every member is compared with its sha256 in the source's catalog on the way. Raises DatasetError, OSError.
     """
-    begin, end = int(layout.begin[number]), int(layout.begin[number + 1])
-    name = layout.name(number)
-    part = home.create(name)
-    anew = layout.split is not None or ("json" in members and layout.sha256.shape[1] < len(members))
+    part = home.create(piece.name)
     found: list[Member] = []
     digests: list[bytes] = []
+    batches = list(_batches(piece))
+    buffer = memoryview(bytearray(max(end - begin for _, _, begin, end in batches)))
     try:
-        for first, last in _batches(layout, begin, end):
-            pieces: list[bytes] = []
-            keys = layout.keys.slice(first, last - first).to_pylist()
-            for clip, key, contents in zip(range(first, last), keys, _read(datasets, plan, layout, first, last), strict=True):
-                _verify(datasets, plan, layout, clip, members, contents)
-                for column, (member, data) in enumerate(zip(members, contents, strict=True)):
-                    if anew and member == "json":
-                        if layout.split:
-                            data = _renamed(data, key, layout.split[0][clip], layout.split[1][clip])
-                        digests.append(hashlib.sha256(data).digest())
-                    title = f"{key}.{member}"
-                    header = tar_member(title, len(data))
-                    place = int(layout.offset[clip, column])
-                    found.append(Member(title, place - len(header), place, len(data)))
-                    pieces += (header, data, tar_padding(len(data)))
-            part.write_all(pieces)
+        for first, last, begin, end in batches:
+            _assemble(datasets, piece, range(first, last), members, buffer[: end - begin], begin, found, digests)
+            part.write(buffer[: end - begin])
         part.write(tar_end(part.bytes))
         part.sync()
-        publish_indexes(home, name, found)
+        publish_indexes(home, piece.name, found)
         part.publish()
     except BaseException:
         part.discard()
         raise
-    shard = Shard(name=name, clips=end - begin, bytes=part.bytes, sha256=part.sha256)
-    return Copied(shard, np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32) if anew else None)
+    shard = Shard(name=piece.name, clips=len(piece.keys), bytes=part.bytes, sha256=part.sha256)
+    return Copied(shard, np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32) if digests else None)
+
+
+def _batches(piece: Piece) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of clips of at most `_BATCH` bytes, or one clip: first clip, end of clips, first byte in the tar, end of bytes."""
+    ends = piece.offset[:, -1] + -(-piece.size[:, -1] // BLOCKSIZE) * BLOCKSIZE
+    at = begin = 0
+    while at < len(ends):
+        until = max(at + 1, int(np.searchsorted(ends, begin + _BATCH, side="right")))
+        end = int(ends[until - 1])
+        yield at, until, begin, end
+        at, begin = until, end
+
+
+def _assemble(
+    datasets: Sequence[Dataset],
+    piece: Piece,
+    clips: range,
+    members: Sequence[str],
+    buffer: memoryview,
+    begin: int,
+    found: list[Member],
+    digests: list[bytes],
+) -> None:
+    """Fill `buffer` with the tar's bytes from `begin` on: headers, members read right into their places, padding.
+
+    Members join `found`; digests of json members join `digests` where the sources have none of what is written.
+    """
+    rows = slice(clips.start, clips.stop)
+    renamed = piece.split is not None
+    digested = piece.sha256.shape[1]
+    wanted = piece.sha256[rows].tobytes()
+    spans: list[list[tuple[int, int, memoryview]]] = [[] for _ in datasets]
+    checks: list[tuple[int, str, memoryview, bytes]] = []
+    for clip, places, sizes, old_places, old_sizes in zip(
+        clips, *(values[rows].tolist() for values in (piece.offset, piece.size, piece.place, piece.was)), strict=True
+    ):
+        source, shard, key = int(piece.source[clip]), int(piece.shard[clip]), piece.keys[clip]
+        for column, (member, place, size) in enumerate(zip(members, places, sizes, strict=True)):
+            title, at = f"{key}.{member}", place - begin
+            header = tar_member(title, size)
+            buffer[at - len(header) : at] = header
+            if pad := -size % BLOCKSIZE:
+                buffer[at + size : at + size + pad] = _ZEROS[:pad]
+            found.append(Member(title, place - len(header), place, size))
+            view = buffer[at : at + size]
+            if renamed and member == "json":
+                view = memoryview(bytearray(old_sizes[column]))
+            spans[source].append((shard, old_places[column], view))
+            digest = (clip - clips.start) * digested + column
+            checks.append((clip, member, view, wanted[32 * digest : 32 * digest + 32] if column < digested else b""))
+    for dataset, some in zip(datasets, spans, strict=True):
+        dataset.read_into(some)
+    for clip, member, view, digest in checks:
+        if digest and hashlib.sha256(view).digest() != digest:
+            raise datasets[int(piece.source[clip])].damaged(int(piece.row[clip]), member)
+        if member == "json" and (renamed or not digest):
+            data = bytes(view)
+            if piece.split is not None:
+                data = _renamed(data, piece.keys[clip], piece.split[0][clip], piece.split[1][clip])
+                at = int(piece.offset[clip, -1]) - begin
+                buffer[at : at + len(data)] = data
+            digests.append(hashlib.sha256(data).digest())
 
 
 def read_clips(datasets: Sequence[Dataset], plan: Plan, there: frozenset[str]) -> Iterator[Clip]:
@@ -92,42 +140,6 @@ def read_clips(datasets: Sequence[Dataset], plan: Plan, there: frozenset[str]) -
         if plan.split is not None:
             facts = replace(facts, split=plan.splits[int(plan.split[at])])
         yield Clip(key, facts, found)
-
-
-def _batches(layout: Layout, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Runs of clips whose members together have at most `_BATCH` bytes."""
-    behind = np.cumsum(layout.size[begin:end].sum(axis=1))
-    at = 0
-    while at < len(behind):
-        base = int(behind[at - 1]) if at else 0
-        until = max(at + 1, int(np.searchsorted(behind, base + _BATCH, side="right")))
-        yield begin + at, begin + until
-        at = until
-
-
-def _read(datasets: Sequence[Dataset], plan: Plan, layout: Layout, first: int, last: int) -> list[list[bytes]]:
-    """The members of some clips, in the order of the plan."""
-    found: list[list[bytes]] = [[] for _ in range(last - first)]
-    width = layout.place.shape[1]
-    for number in np.unique(plan.source[first:last]).tolist():
-        here = first + np.flatnonzero(plan.source[first:last] == number)
-        begins = layout.place[here]
-        ends = begins + layout.was[here]
-        shards = np.repeat(layout.shard[here], width)
-        contents = datasets[number].ranges(
-            list(zip(shards.tolist(), begins.ravel().tolist(), ends.ravel().tolist(), strict=True))
-        )
-        for i, clip in enumerate(here.tolist()):
-            found[clip - first] = contents[i * width : (i + 1) * width]
-    return found
-
-
-def _verify(
-    datasets: Sequence[Dataset], plan: Plan, layout: Layout, clip: int, members: Sequence[str], contents: Sequence[bytes]
-) -> None:
-    for member, data, digest in zip(members, contents, layout.sha256[clip], strict=False):
-        if hashlib.sha256(data).digest() != digest.tobytes():
-            raise datasets[int(plan.source[clip])].damaged(int(plan.row[clip]), member)
 
 
 def _renamed(data: bytes, key: str, old: str, new: str) -> bytes:

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,23 @@ from cmacc.shards.tar import tar_end
 
 _BLOCK = tarfile.BLOCKSIZE
 _SHORT_NAME = 100  # bytes; a longer one takes an extended header of two blocks more
+
+
+class Piece(NamedTuple):
+    """One shard of a layout: all that is needed to write it. Fields as in `Plan` and `Layout`, of its clips alone."""
+
+    name: str
+    bytes: int
+    keys: list[str]
+    source: NDArray[np.int32]
+    row: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    shard: NDArray[np.int32]
+    place: NDArray[np.int64]
+    was: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+    split: tuple[list[str], list[str]] | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,15 @@ class Layout:
     @staticmethod
     def name(shard: int) -> str:
         return f"clips-{shard:06d}.tar"
+
+    def piece(self, plan: Plan, shard: int) -> Piece:
+        """What there is to do for one shard."""
+        here = slice(int(self.begin[shard]), int(self.begin[shard + 1]))
+        split = self.split and (self.split[0][here], self.split[1][here])
+        return Piece(
+            self.name(shard), int(self.bytes[shard]), self.keys[here].to_pylist(), plan.source[here], plan.row[here],
+            self.offset[here], self.size[here], self.shard[here], self.place[here], self.was[here], self.sha256[here], split,
+        )  # fmt: skip
 
     @property
     def count(self) -> int:

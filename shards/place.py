@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Protocol, cast
@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.publish import PartFile, clear_parts, publish, sync_directory, sync_tree
 
-Data = bytes  # its name, inside classes that have a property of that name
+Data = bytes | memoryview  # under another name, for classes below have a property `bytes`
 _BATCH_BYTES = 64 << 20
 _UPLOAD_BYTES = 16 << 20  # of a part of a multipart upload; each open upload holds one or two in memory
 
@@ -34,7 +34,6 @@ class Part(Protocol):
     @property
     def sha256(self) -> str: ...
     def write(self, data: Data) -> int: ...
-    def write_all(self, parts: Sequence[Data]) -> None: ...
     def sync(self) -> None: ...
     def publish(self) -> None: ...
     def discard(self) -> None: ...
@@ -309,10 +308,6 @@ class Upload:
         self._sha256.update(data)
         self.bytes += len(data)
         return len(data)
-
-    def write_all(self, parts: Sequence[Data]) -> None:
-        """Write many pieces. Raises OSError."""
-        self.write(b"".join(parts))
 
     @property
     def sha256(self) -> str:

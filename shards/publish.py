@@ -6,11 +6,10 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 _PART = ".part"
-_PIECES = min(1024, os.sysconf("SC_IOV_MAX"))
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -27,7 +26,7 @@ class PartFile:
         self._sha256 = hashlib.sha256()
         self._fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`. Raises OSError."""
         view = memoryview(data)
         while view:
@@ -36,22 +35,6 @@ class PartFile:
             self.bytes += done
             view = view[done:]
         return len(data)
-
-    def write_all(self, parts: Sequence[bytes]) -> None:
-        """Write many pieces in few calls. Raises OSError."""
-        for part in parts:
-            self._sha256.update(part)
-        for begin in range(0, len(parts), _PIECES):
-            some = parts[begin : begin + _PIECES]
-            size = sum(map(len, some))
-            done = os.writev(self._fd, some)
-            self.bytes += done
-            if done < size:  # a signal, or a disk that is about to be full: then this raises
-                rest = memoryview(b"".join(some))[done:]
-                while rest:
-                    done = os.write(self._fd, rest)
-                    self.bytes += done
-                    rest = rest[done:]
 
     @property
     def sha256(self) -> str:

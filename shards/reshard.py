@@ -195,7 +195,7 @@ class _Copying:
         self.tell(done_clips, total)
 
         def work(number: int) -> tuple[int, Copied]:
-            done = copy_shard(self.datasets, plan, layout, number, self.members, self.home)
+            done = copy_shard(self.datasets, layout.piece(plan, number), self.members, self.home)
             self.home.publish(f"{_NOTES}/{done.shard.name}.json", json.dumps(_note(done)).encode())
             return number, done
 
