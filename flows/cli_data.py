@@ -88,9 +88,7 @@ def index(
     does not fit is left out and told in index-report.csv. Run it again when tars came, changed or went: it reads those alone.
     """
     from cmacc.flows.progress import progress
-    from cmacc.shards.foreign import REPORT, index_shards
-    from cmacc.shards.foreign_rows import REASONS
-    from cmacc.shards.said import Fields
+    from cmacc.shards.foreign import REASONS, REPORT, Fields, index_shards
 
     fields = Fields(label_field, source_field, split_field, caption_field)
     chosen = members.split(",") if members else None
@@ -131,7 +129,7 @@ def inspect(
 ) -> None:
     """Print a data set's facts: clips, hours, bytes, splits, labels, quantiles of duration, loudness and motion."""
     from cmacc.shards.dataset import Dataset
-    from cmacc.shards.describe import contact_sheet, describe
+    from cmacc.shards.describe import describe
 
     if page is None and (split is not None or where is not None or seed is not None):
         raise ValueError("--split, --where and --seed choose what a page shows; give --page FILE.html with them")
@@ -144,6 +142,8 @@ def inspect(
         print_table(data, {k: v for k, v in short.items() if v not in ({}, [])})
     said = err_console if as_json else out_console
     if sheet:
+        from cmacc.shards.page import contact_sheet
+
         made = contact_sheet(dataset, sheet, 8 if clips is None else clips)
         said.print(f"contact sheet: {escape(str(made))}", highlight=False, soft_wrap=True)
     if page:

@@ -15,7 +15,6 @@ from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.foreign_rows import facts_with_captions
 from cmacc.shards.index import Member, publish_indexes
 from cmacc.shards.layout import Piece, split_words
 from cmacc.shards.place import Place
@@ -125,6 +124,8 @@ def read_clips(datasets: Sequence[Dataset], plan: Plan, there: frozenset[str]) -
 
     Raises DatasetError.
     """
+    from cmacc.shards.foreign.rows import facts_with_captions  # here: it brings PyAV, which copying does without
+
     for at, (source, row) in enumerate(zip(plan.source.tolist(), plan.row.tolist(), strict=True)):
         dataset = datasets[source]
         here = slice(row, row + 1)

@@ -1,28 +1,18 @@
-"""A data set at a glance: its numbers, and a sheet of pictures and sounds of a few clips."""
+"""A data set at a glance: its numbers."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from cmacc.shards.catalog import Catalog
-from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.dataset import Dataset
-from cmacc.shards.pictures import frames, log_mel_picture, sound, strip, waveform
-from cmacc.shards.preview import first_of
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MEASURED = ("duration_s", "loudness_db", "motion", "av_offset_s", "av_trust")
-_CELL = 96  # pixels of a picture's height; every clip is one strip of that
-_SOUND = 240
-_FRAMES = 5
-_TEXT = 14
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -87,37 +77,3 @@ def _quantiles(values: NDArray[Any]) -> dict[str, float]:
     if not len(values):
         return {}
     return {f"{q:.0%}": float(v) for q, v in zip(_QUANTILES, np.quantile(values, _QUANTILES), strict=True)}
-
-
-def contact_sheet(dataset: Dataset, path: str | os.PathLike[str], n: int = 8) -> Path:
-    """Write a PNG of `n` clips spread evenly over the data set, a strip each: frames, waveform, log-mel, key and labels.
-
-    Raises DatasetError, or av.FFmpegError or ValueError for a clip that cannot be decoded.
-    """
-    strips = [_strip(dataset, row) for row in evenly(dataset.rows(), n).tolist()]
-    width = max((s.width for s in strips), default=_SOUND)
-    sheet = Image.new("RGB", (width, max(1, sum(s.height for s in strips))), "white")
-    y = 0
-    for picture in strips:
-        sheet.paste(picture, (0, y))
-        y += picture.height
-    sheet.save(path, format="PNG")
-    return Path(path)
-
-
-def _strip(dataset: Dataset, row: int) -> Image.Image:
-    found = dataset.read(row)
-    video, audio = first_of(found, VIDEO), first_of(found, AUDIO)
-    parts = [strip(frames(found[video], _FRAMES, _CELL), _CELL)] if video else []
-    if audio:
-        heard = sound(found[audio])
-        parts += [waveform(heard.samples, _SOUND, _CELL), log_mel_picture(heard).convert("RGB").resize((_SOUND, _CELL))]
-    whole = Image.new("RGB", (sum(p.width + 2 for p in parts), _CELL + _TEXT + 4), "white")
-    here = slice(row, row + 1)
-    names = ", ".join(dataset.catalog.labels(here)[0])
-    ImageDraw.Draw(whole).text((2, 1), f"{dataset.catalog.texts('key', here)[0]}  {names}", fill="black")
-    x = 0
-    for part in parts:
-        whole.paste(part, (x, _TEXT))
-        x += part.width + 2
-    return whole

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, Protocol, cast
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -96,6 +97,12 @@ def place(url: str | os.PathLike[str]) -> Place:
     except (ImportError, ValueError, OSError) as e:
         raise DatasetError(f"{url} cannot be written ({e}); check the address") from e
     return Folder(Path(path)) if isinstance(files, LocalFileSystem) else Bucket(url, files, path)
+
+
+def public_address(url: str) -> str:
+    """An address without what would give access to it: user, password, query."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl() if parts.scheme else url
 
 
 class Folder:
@@ -327,4 +334,5 @@ class Upload:
         """Abort the upload; harmless after `publish`."""
         with contextlib.suppress(Exception):  # what was never begun cannot be aborted either
             self._file.discard()
-        self._file.closed = True  # or it would be flushed when it is collected, and say that it cannot
+        with contextlib.suppress(AttributeError):
+            self._file.closed = True  # or it would be flushed when it is collected, and say that it cannot

@@ -30,15 +30,15 @@ from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_to_json
-from cmacc.shards.foreign import Indexed, index_shards
-from cmacc.shards.foreign_rows import facts_with_captions, said_of
-from cmacc.shards.foreign_tar import ForeignTar
+from cmacc.shards.foreign.indexing import Indexed, index_shards
+from cmacc.shards.foreign.rows import facts_with_captions, said_of
+from cmacc.shards.foreign.said import Fields, said, source_of
+from cmacc.shards.foreign.tar import ForeignTar
 from cmacc.shards.place import Folder
 from cmacc.shards.probe import Window, probe
 from cmacc.shards.prober import Prober
 from cmacc.shards.query import matching
 from cmacc.shards.reshard import reshard
-from cmacc.shards.said import Fields, said, source_of
 from cmacc.shards.writer import DatasetWriter
 
 Members = list[tuple[str, bytes]]
@@ -342,7 +342,7 @@ def test_bad_json_matters_only_where_json_is_a_member(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_no_split_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmacc.shards.foreign_rows._MOST_SPLITS", 1)
+    monkeypatch.setattr("cmacc.shards.foreign.rows._MOST_SPLITS", 1)
     write(tmp_path, x=[*pair("one", title="a"), *pair("two", title="b")])
     with pytest.raises(DatasetError, match="more than 1 splits; name the field"):
         index(tmp_path, fields=Fields(split="title"))
@@ -765,6 +765,6 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, cmacc.shards.foreign; print([m for m in ('torch', 'prefect', 'webdataset') if m in sys.modules])"
+    code = "import sys, cmacc.shards.foreign.indexing; print([m for m in ('torch', 'prefect', 'webdataset') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,10 +25,11 @@ from PIL import Image
 from cmacc.shards.catalog_writer import CatalogWriter, Entry
 from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset, Meta, Shard
-from cmacc.shards.describe import contact_sheet, describe
+from cmacc.shards.describe import describe
 from cmacc.shards.headers import headers
 from cmacc.shards.index import Member, publish_indexes, scan
 from cmacc.shards.lint import Fault, lint
+from cmacc.shards.page import contact_sheet
 from cmacc.shards.place import place
 from cmacc.shards.tar import tar_end, tar_member, tar_padding
 from cmacc.shards.writer import DatasetWriter

@@ -19,13 +19,13 @@ import pytest
 from media import audio_bytes, coded_video, make_clip, tiny_profile, video_bytes
 from PIL import Image
 
-from cmacc.shards.charts import bars, count_bins, histogram
 from cmacc.shards.clip import Clip
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.page import selection, write_page
-from cmacc.shards.pictures import LONGEST_S, Sound, frames, log_mel, log_mel_picture, mel_filters
-from cmacc.shards.preview import preview
+from cmacc.shards.page.charts import bars, count_bins, histogram
+from cmacc.shards.page.pictures import LONGEST_S, Sound, frames, log_mel, log_mel_picture, mel_filters
+from cmacc.shards.page.preview import preview
 from cmacc.shards.writer import DatasetWriter
 
 HOSTILE = "<script>alert(1)</script>"

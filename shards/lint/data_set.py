@@ -20,12 +20,12 @@ from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.dataset import META, Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.faults import Fault, few
 from cmacc.shards.index import clips, scan
-from cmacc.shards.lint_catalog import CatalogLint
-from cmacc.shards.lint_columns import added_faults, metadata_faults
-from cmacc.shards.lint_media import media_faults
-from cmacc.shards.lint_shard import Found, read_shard
+from cmacc.shards.lint.catalog import CatalogLint
+from cmacc.shards.lint.columns import added_faults, metadata_faults
+from cmacc.shards.lint.faults import Fault, few
+from cmacc.shards.lint.media import media_faults
+from cmacc.shards.lint.shard import Found, read_shard
 
 __all__ = ["Fault", "lint"]
 

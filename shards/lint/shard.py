@@ -11,9 +11,9 @@ from typing import Any
 from cmacc.shards.clip import KEY, Facts
 from cmacc.shards.dataset import Meta, Shard
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.faults import Fault, few
 from cmacc.shards.headers import Member, headers
 from cmacc.shards.index import clips, dali_index, energon_index, index_names
+from cmacc.shards.lint.faults import Fault, few
 from cmacc.shards.tar import tar_end, tar_member
 
 _PIECE = 1 << 20

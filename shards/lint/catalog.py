@@ -13,9 +13,9 @@ from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.clip import KEY, Facts
 from cmacc.shards.columns import BUILT_IN, LISTS
 from cmacc.shards.dataset import Dataset
-from cmacc.shards.faults import Fault, few
-from cmacc.shards.lint_columns import mend
-from cmacc.shards.lint_shard import Found
+from cmacc.shards.lint.columns import mend
+from cmacc.shards.lint.faults import Fault, few
+from cmacc.shards.lint.shard import Found
 
 _BATCH = 1 << 14  # rows that are compared at once
 _Row = tuple[str, Facts, list[int], list[int], list[bytes], int]

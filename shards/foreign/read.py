@@ -15,7 +15,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from cmacc.shards.errors import DatasetError
-from cmacc.shards.foreign_notes import NOTES, Asked, Tar, asked_of, note_name, take_notes
+from cmacc.shards.foreign.notes import NOTES, Asked, Tar, asked_of, note_name, take_notes
 from cmacc.shards.place import Place
 from cmacc.shards.prober import Prober
 

@@ -23,15 +23,15 @@ import cmacc
 from cmacc.shards.catalog_writer import CATALOG, CatalogWriter, Entry
 from cmacc.shards.dataset import META, Meta, Shard
 from cmacc.shards.errors import DatasetError
-from cmacc.shards.foreign_notes import Asked, Notes, Tar, note_name, notes_from_bytes
-from cmacc.shards.foreign_profile import Alike
-from cmacc.shards.foreign_read import list_tars, read_tars
-from cmacc.shards.foreign_rows import REASONS, Book, choose_members
+from cmacc.shards.foreign.notes import Asked, Notes, Tar, note_name, notes_from_bytes
+from cmacc.shards.foreign.profile import Alike
+from cmacc.shards.foreign.read import list_tars, read_tars
+from cmacc.shards.foreign.rows import REASONS, Book, choose_members
+from cmacc.shards.foreign.said import Fields
 from cmacc.shards.index import dali_index, energon_index, index_names
 from cmacc.shards.place import Place, place
 from cmacc.shards.profile import Profile
 from cmacc.shards.publish import no_room_as
-from cmacc.shards.said import Fields
 
 log = logging.getLogger(__name__)
 REPORT = "index-report.csv"

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from cmacc.shards.clip import AUDIO, VIDEO
-from cmacc.shards.foreign_notes import Notes
+from cmacc.shards.foreign.notes import Notes
 from cmacc.shards.profile import AUDIO_CODECS, VIDEO_CODECS, Profile
 
 _SOUND_TOLERANCE_S = 0.1

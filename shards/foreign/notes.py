@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.facts import facts_to_json
-from cmacc.shards.foreign_tar import ForeignMember, ForeignTar, Sample, Sink
+from cmacc.shards.foreign.said import Fields, Said, said
+from cmacc.shards.foreign.tar import ForeignMember, ForeignTar, Sample, Sink
 from cmacc.shards.prober import Prober
-from cmacc.shards.said import Fields, Said, said
 
 NOTES = ".index-notes"
 FORMAT = 1

@@ -13,7 +13,7 @@ from cmacc.shards.clip import AUDIO, VIDEO, Facts
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.faults import Fault
+from cmacc.shards.lint.faults import Fault
 from cmacc.shards.profile import Profile
 
 _SOUND_TOLERANCE_S = 0.1

@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.columns import BUILT_IN, CODED, DIGEST, LATER, LISTS, column_digest, create_array, create_columns, row_blocks
 from cmacc.shards.dataset import Dataset
-from cmacc.shards.faults import Fault
+from cmacc.shards.lint.faults import Fault
 
 _MEND_ADDED = "write it again by `cmacc embed`, or whatever made it"
 _LAYOUT = ("chunk_grid", "codecs")

@@ -17,7 +17,7 @@ import av
 from PIL import Image
 
 from cmacc.shards.clip import AUDIO, VIDEO
-from cmacc.shards.pictures import LONGEST_S, film, first_stream, frames, log_mel_picture, open_media, sound, strip
+from cmacc.shards.page.pictures import LONGEST_S, film, first_stream, frames, log_mel_picture, open_media, sound, strip
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXT = ("txt", "caption", "text")

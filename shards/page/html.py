@@ -21,14 +21,15 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from cmacc.shards.charts import bars, clean, histogram
 from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe, evenly, label_counts, split_counts
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.page_look import SCRIPT, STYLE
-from cmacc.shards.pictures import LONGEST_S, mel
-from cmacc.shards.preview import PICTURES, TEXT, Preview, kind_of, preview
+from cmacc.shards.page.charts import bars, clean, histogram
+from cmacc.shards.page.look import SCRIPT, STYLE
+from cmacc.shards.page.pictures import LONGEST_S, mel
+from cmacc.shards.page.preview import PICTURES, TEXT, Preview, kind_of, preview
+from cmacc.shards.place import public_address
 from cmacc.shards.publish import publish
 from cmacc.shards.query import matching
 
@@ -117,7 +118,7 @@ def _document(title: str, body: str) -> str:
 
 def _head(dataset: Dataset, facts: dict[str, Any], rows: NDArray[np.int64], said: str) -> Iterator[str]:
     yield f"<header><h1>{escape(_name(dataset))}</h1>"
-    yield f'<p class="quiet">{escape(clean(_address(dataset.url), 500))}</p>'
+    yield f'<p class="quiet">{escape(clean(public_address(dataset.url), 500))}</p>'
     tiles = {
         "clips": f"{facts['clips']:,}",
         **_lasting(facts["hours"]),
@@ -163,12 +164,6 @@ def _spread(dataset: Dataset, rows: NDArray[np.int64] | None) -> Iterator[str]:
 
 def _name(dataset: Dataset) -> str:
     return clean(Path(urlsplit(dataset.url).path).name or dataset.url, 200)
-
-
-def _address(url: str) -> str:
-    """The data set's address without what would give access to it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl() if parts.scheme else url
 
 
 def _profile(profile: dict[str, Any] | None) -> str:

@@ -11,8 +11,8 @@ from cmacc.shards.clip import AUDIO, KEY, VIDEO, Facts
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
-from cmacc.shards.foreign_notes import Noted, Notes
-from cmacc.shards.said import Fields, Said, said
+from cmacc.shards.foreign.notes import Noted, Notes
+from cmacc.shards.foreign.said import Fields, Said, said
 
 REASONS = {
     "stub": "has neither video nor sound, as where a download failed",
