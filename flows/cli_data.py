@@ -218,7 +218,7 @@ def extract(
 @app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
 def embed(
     model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
-    data: Annotated[str, typer.Argument(help="A local data set.")],
+    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
     name: Annotated[str, typer.Option(help="Of the model: the columns are video-NAME and audio-NAME.")],
     batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
 ) -> None:

@@ -5,13 +5,12 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `clip.Clip`, `clip.Facts`, `profile.Profile`   what a clip is, and how it is encoded
 `writer.DatasetWriter`                         clips in; shards committed one by one, whatever happens
 `dataset.Dataset`, `cache.Cache`               a clip's bytes by row or key, from a folder or any fsspec URL
-`extract.extract`                              some clips as files
 `catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
 `order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
-`headers.headers`                              the members of a tar, read strictly
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
 `foreign.index_shards`                         tars that others wrote, made a data set where they lie
-`lint.lint`, `describe.describe`, `page.write_page`  is it sound, and what is in it
+`lint.lint`, `describe.describe`               is it sound, and what is in it, in numbers
+`page.write_page`, `extract.extract`           the same to look at, and some clips as files
 `errors.DatasetError`                          what goes wrong, in one sentence
 
 Importing this room imports neither torch nor any of its modules: name the one you need.
