@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
+from typer.models import CommandInfo
 
 from cmacc.flows import (
     cli_data,  # noqa: F401  its commands join the app
@@ -36,17 +37,29 @@ def _set_up(
 def main() -> None:
     """Entry point: a refusal is one sentence on the error stream and exit status 1."""
     # SIGTERM must run what cleans up: children of an ingest, a temporary Prefect server.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: _stop())
     try:
         app()
-    except KeyboardInterrupt:
-        err_console.print("stopped; the same command continues")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # Ctrl-C, as typer passes it on
+            _hush()
+            err_console.print("stopped; the same command continues")
+        raise
     except Exception as error:
         if not _is_refusal(error):
             raise
         err_console.print(f"[red]cmacc:[/red] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+
+
+def _stop() -> None:
+    _hush()
+    sys.exit(143)
+
+
+def _hush() -> None:
+    """Who stops the work need not read which tasks the event loops of zarr and fsspec leave undone."""
+    logging.getLogger("asyncio").disabled = True
 
 
 def _sentence(error: Exception) -> str:
@@ -319,3 +332,27 @@ def demo(
 
     config = WorldConfig(clips=clips, eval_clips=eval_clips, seed=seed)
     run_demo(out, config, parse_options(options), lambda text: out_console.print(text, highlight=False, soft_wrap=True))
+
+
+_IN_ORDER = {
+    "Get clips": ("sample-world", "ingest", "status", "index"),
+    "Work with data sets": ("reshard", "inspect", "lint", "extract", "embed"),
+    "Train": ("pretrain", "evaluate", "export"),
+    "All of it": ("run", "demo"),
+}
+
+
+def _put_in_order() -> None:
+    """Commands in the order of the work, for `cmacc --help`."""
+    panels = {name: panel for panel, names in _IN_ORDER.items() for name in names}
+    places = list(panels)
+    for command in app.registered_commands:
+        command.rich_help_panel = panels[_name(command)]
+    app.registered_commands.sort(key=lambda command: places.index(_name(command)))
+
+
+def _name(command: CommandInfo) -> str:
+    return command.name or str(getattr(command.callback, "__name__", ""))
+
+
+_put_in_order()

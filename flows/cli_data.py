@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cmacc.flows.console import app, call_flow, err_console, escape, out_console, print_table
+from cmacc.flows.shown import described, resharded
 
 _WHICH, _HOW = "Which clips", "How they lie"
 
@@ -63,7 +64,7 @@ def reshard(
         flow, sources, out, where=where, order=order, shard_size=shard_size, limit=limit, split=split, balance=balance,
         dedup=dedup, diverse=diverse, embedding=embedding, members=kept, transcode=transcode, workers=workers,
     )  # fmt: skip
-    print_table(f"reshard: {out}", done)
+    print_table(f"reshard: {out}", resharded(done, "encoded" if transcode else "copied"))
 
 
 @app.command(
@@ -138,8 +139,10 @@ def inspect(
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        short = {k: f"{len(v)}, most frequent {', '.join(list(v)[:5])}" if k == "labels" and v else v for k, v in facts.items()}
-        print_table(data, {k: v for k, v in short.items() if v not in ({}, [])})
+        print_table(data, described(facts))
+        measured = {name: list(values.values()) for name, values in facts["quantiles"].items() if values}
+        if measured:
+            print_table("quantiles", measured, list(next(v for v in facts["quantiles"].values() if v)))
     said = err_console if as_json else out_console
     if sheet:
         from cmacc.shards.page import contact_sheet

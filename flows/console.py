@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     name="cmacc",
@@ -32,11 +34,20 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def print_table(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
+def print_table(title: str, rows: Mapping[str, Any], heads: Sequence[str] = ()) -> None:
+    """Names with a value each, or with one for each of `heads`; what is wide is folded, never cut."""
+    table = Table(title=_plain(title), show_header=bool(heads), title_justify="left")
+    for head in ("", *(heads or ("",))):
+        table.add_column(head, overflow="fold", justify="right" if heads and head else "left")
     for name, value in rows.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        values = value if heads else [value]
+        table.add_row(_plain(name), *(_plain(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in values))
     out_console.print(table)
+
+
+def _plain(text: str) -> Text:
+    """Text as it is: no brackets are markup, no control character of a label or an address reaches the terminal."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, str]:

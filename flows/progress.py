@@ -32,17 +32,18 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Tell]:
     artifact = _artifact(what, total, done)
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task(what, total=total, completed=done, note="")
-        told = time.monotonic()
+        told, last = time.monotonic(), -1
 
         def tell(done: int, note: str = "", total: int | None = total) -> None:
-            nonlocal told
+            nonlocal told, last
             rate = (done - first) / max(time.monotonic() - began, 1e-3)
-            bar.update(row, completed=done, note=f"{rate:.3g}/s  {note}", total=total)
-            if done < (total or 0) and time.monotonic() - told < _EVERY_S:
+            speed = f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+            bar.update(row, completed=done, note=f"{speed}  {note}", total=total)
+            if (done < (total or 0) or done == last) and time.monotonic() - told < _EVERY_S:
                 return
-            told = time.monotonic()
+            told, last = time.monotonic(), done
             left = f", {in_time(((total or done) - done) / rate)} left" if rate and done < (total or 0) else ""
-            line = f"{done} of {total}, {rate:.3g}/s{left}  {note}"
+            line = f"{done} of {total}, {speed}{left}  {note}"
             if not console.is_terminal:
                 log.info("%s: %s", what, line)
             if artifact is not None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 from cmacc.ingest import Checks, ClipRequest, IngestFailure, Limits, Media, transcode
+from cmacc.ingest.child import die_with
 from cmacc.shards.clip import AUDIO, VIDEO, Clip
 from cmacc.shards.options import change
 from cmacc.shards.profile import Profile
@@ -78,7 +79,8 @@ def _alone(clip: Clip, profile: Profile) -> Iterator[Clip]:
 
 
 def _pool(held: ExitStack, workers: int) -> ProcessPoolExecutor:
-    return held.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+    fresh = get_context("spawn")
+    return held.enter_context(ProcessPoolExecutor(workers, mp_context=fresh, initializer=die_with, initargs=(os.getpid(),)))
 
 
 def encode_anew(clip: Clip, profile: Profile) -> Clip:

@@ -40,7 +40,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Work until stdin ends or the parent dies."""
     job = json.loads(sys.stdin.readline())
-    _die_with(job["parent"])
+    die_with(job["parent"])
     # whatever prints, prints to the log: the pipe to the parent carries events alone
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -115,7 +115,7 @@ def _unforeseen(error: Exception) -> IngestFailure:
     return IngestFailure(Cause.UNDECODABLE if isinstance(error, FFmpegError) else Cause.CRASH, f"{type(error).__name__}: {error}")
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the parent dies, however it dies; decoders say nothing of their own."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -45,6 +45,10 @@ def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
         return rows
     # only columns that are named are read: the others of ten million rows stay where they are
     words = {word.lower() for word in re.findall(r"\w+", where)}
+    if "random" in words and "random" not in query_columns(dataset):
+        raise DatasetError(
+            f"where {where!r} is another question each time; for clips by chance give order shuffle:SEED and a limit"
+        )
     named = {c: _measured(column_values(dataset, c)) for c in query_columns(dataset) if c.lower() in words}
     with duckdb.connect(":memory:") as db:
         for setting in _SETTINGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_from_data_set_to_export_and_embeddings(cmacc, data: Path, tmp_path: Pat
 
 def test_a_refusal_from_the_installed_command(cmacc) -> None:  # type: ignore[no-untyped-def]
     assert cmacc("inspect", "nowhere", code=1).stderr.startswith("cmacc: nowhere does not exist")
+
+
+def test_ctrl_c_says_how_to_go_on(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Dataset, "open", lambda url: signal.raise_signal(signal.SIGINT))
+    assert here(monkeypatch, "inspect", str(data)) == 130
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
 
 
 def test_the_page_of_a_data_set(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -111,6 +114,30 @@ def test_a_clip_that_kills_its_decoder_costs_itself(monkeypatch: pytest.MonkeyPa
     made = list(transcoder(parse_profile(SMALL), 2)(iter(clips)))
     assert [c.key for c in made] == [c.key for c in clips if c.key != labelled(3).key]
     assert f"clip {labelled(3).key} is left out: the process that decoded it died" in caplog.text
+
+
+def test_no_decoder_outlives_its_command() -> None:
+    work = (
+        "import os, time; from contextlib import ExitStack; from cmacc.flows.transcoding import _pool\n"
+        "with ExitStack() as held: print(_pool(held, 1).submit(os.getpid).result(), flush=True); time.sleep(60)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True)
+    with command:
+        assert command.stdout
+        decoder = int(command.stdout.readline())
+        command.kill()
+    until = time.monotonic() + 20
+    while _runs(decoder) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not _runs(decoder)
+
+
+def _runs(pid: int) -> bool:
+    """A zombie that nobody has waited for yet is none that runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _forked(held: ExitStack, workers: int) -> ProcessPoolExecutor:
