@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cmacc.flows.console import app, call_flow, err_console, escape, out_console, print_table
-from cmacc.flows.shown import described, resharded
+from cmacc.flows.shown import counted, described, resharded
 
 _WHICH, _HOW = "Which clips", "How they lie"
 
@@ -53,13 +53,13 @@ def reshard(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Shards (or clips to transcode) at work at once; default: one a core.", rich_help_panel=_HOW),
+        typer.Option(min=1, help="Shards (or clips to transcode) at work at once; default: one a core.", rich_help_panel=_HOW),
     ] = None,
 ) -> None:
     """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded. The same command continues."""
     from cmacc.flows.reshard import reshard as flow
 
-    kept = members.split(",") if members else None
+    kept = None if members is None else [member.strip() for member in members.split(",")]
     done = call_flow(
         flow, sources, out, where=where, order=order, shard_size=shard_size, limit=limit, split=split, balance=balance,
         dedup=dedup, diverse=diverse, embedding=embedding, members=kept, transcode=transcode, workers=workers,
@@ -188,7 +188,7 @@ def lint(
         out_console.print(
             f"[red]{fault.code}[/red] {escape(fault.where)}: {escape(fault.sentence)}", soft_wrap=True, highlight=False
         )
-    out_console.print(f"{data}: {len(faults)} faults" if faults else f"{data}: no fault", highlight=False)
+    out_console.print(f"{escape(data)}: {counted(len(faults), 'fault') if faults else 'no fault'}", highlight=False)
     if faults:
         raise typer.Exit(1)
 

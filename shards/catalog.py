@@ -244,4 +244,6 @@ class Catalog:
                     self._nodes[name] = patiently(lambda: root[name])
             return self._nodes[name]
         except (KeyError, ValueError) as e:
+            if name.partition("/")[0] in BUILT_IN:
+                raise DatasetError(f"column {name} of {self.url} is missing; opening it for writing mends it") from e
             raise DatasetError(f"no column {name!r} in {self.url}; it has {', '.join(self.columns)}") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,8 @@ from cmacc.shards.embeddings import embeddings, first_of_near
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.gather import gather
 from cmacc.shards.query import matching, sorted_by
+
+log = logging.getLogger(__name__)
 
 Pick = Callable[[NDArray[np.float32], int, int], NDArray[np.int64]]
 """`pick(vectors (n, d), count, seed)` gives the positions of `count` distinct vectors that cover all, e.g. k-means++."""
@@ -108,6 +111,8 @@ def make_plan(datasets: Sequence[Dataset], choice: Choice, pick: Pick | None = N
         return Plan(source, row, duplicates=duplicates, near=near)
     shares = parse_split(choice.split)
     split = _splits(datasets, source, row, shares)
+    if empty := [name for i, (name, _) in enumerate(shares) if i not in split]:
+        log.warning("no clip is in split %s: the chosen clips have too few source videos for its share", ", ".join(empty))
     by_split = np.argsort(split, kind="stable")
     return Plan(source[by_split], row[by_split], split[by_split], tuple(name for name, _ in shares), duplicates, near)
 

@@ -272,9 +272,10 @@ def _common(datasets: Sequence[Dataset], members: Sequence[str] | None, decoded:
         ):  # fmt: skip
             raise DatasetError(f"{first.url} and {other.url} have different profiles; transcode one before merging them")
     media = [m for m in first.meta.members if m != "json"]
-    unknown = [m for m in members or () if m not in media]
-    if unknown or (members is not None and not members):
-        raise DatasetError(f"members {', '.join(unknown) or 'none'} cannot be kept; {first.url} has {', '.join(media)}")
+    unknown = [m for m in members or () if m not in first.meta.members]
+    if unknown or (members is not None and not set(members) & set(media)):
+        named = f"{', '.join(unknown)} cannot be kept" if unknown else "without sound or pictures make no data set"
+        raise DatasetError(f"members {named}; {first.url} has {', '.join(media)}, and json comes along")
     return tuple(m for m in first.meta.members if members is None or m in members or m == "json")
 
 

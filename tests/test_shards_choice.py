@@ -140,3 +140,13 @@ def test_what_makes_no_sense(datasets: list[Dataset], tmp_path: Path) -> None:
         w.add(replace(make_clip(0)))
     with pytest.raises(DatasetError, match="no embeddings in the catalog; run `cmacc embed"):
         make_plan([Dataset.open(tmp_path / "plain")], Choice(dedup=0.9))
+
+
+def test_a_split_without_clips_is_told(datasets: list[Dataset], caplog: pytest.LogCaptureFixture) -> None:
+    make_plan(datasets, Choice(split="most:0.999999,none:0.000001"))
+    assert "no clip is in split none" in caplog.text
+
+
+def test_chance_has_a_seed(datasets: list[Dataset]) -> None:
+    with pytest.raises(DatasetError, match="another question each time; for clips by chance give order shuffle:SEED"):
+        make_plan(datasets, Choice("Random() < 0.5"))

@@ -183,6 +183,11 @@ def test_members_subset(sources: list[Path], tmp_path: Path) -> None:
     assert {f.code for f in lint(tmp_path / "sound")} == {"split"}
     with pytest.raises(DatasetError, match=r"members opus cannot be kept; .* has mp4, flac"):
         reshard(sources, tmp_path / "x", members=("opus",))
+    for none in ((), ("json",)):
+        with pytest.raises(DatasetError, match="make no data set; .* has mp4, flac, and json comes along"):
+            reshard(sources, tmp_path / "x", members=none)
+    same = reshard(sources[:1], tmp_path / "sound", members=("flac", "json"))
+    assert same.there == same.selected, "json comes along, said or not"
 
 
 def test_again_continues(sources: list[Path], tmp_path: Path) -> None:
