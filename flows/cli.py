@@ -129,7 +129,7 @@ def ingest(
             "CSV, TSV, JSONL, Parquet, a folder or a media file."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the data set; an existing one is continued.")],
+    out: Annotated[str, typer.Option(help="Folder of the data set; an existing one is continued.")],
     url_template: Annotated[
         str | None, typer.Option(help="Address of a YouTube id, with {id} in it.", rich_help_panel=_LISTS)
     ] = None,
@@ -215,7 +215,7 @@ def ingest(
         "dask": dask,
         "options": parse_options(options),
     }
-    counts = call_flow(flow, manifests, str(out), tracked=bool(dask), **arguments)
+    counts = call_flow(flow, manifests, out, tracked=bool(dask), **arguments)
     print_table(
         f"ingest: {out}",
         {**{k: v for k, v in counts.items() if k != "causes"}, **{f"failed: {k}": v for k, v in counts["causes"].items()}},
