@@ -65,7 +65,8 @@ def _hush() -> None:
 def _sentence(error: Exception) -> str:
     """An error's own words, but for what the operating system says of a file: there the mend is missing."""
     if not isinstance(error, OSError) or error.errno is None:
-        return str(error)
+        bare = isinstance(error, OSError) and ";" not in str(error)  # what a bucket says
+        return f"{error}; check the address and the right to read and write there" if bare else str(error)
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no room is left on the disk{where}; free some, and the same command continues: what was committed stays"

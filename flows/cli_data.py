@@ -102,11 +102,12 @@ def index(
     alike = (
         f"{profile.codec} and {profile.audio_codec}: train from it as it is" if profile else "not one of ours: transcode to train"
     )
+    known = f", {done.unchanged} known from before" if done.unchanged else ""
     print_table(
         f"index: {folder}",
         {
             "clips": f"{done.clips} of {done.samples} samples", "members": ", ".join(done.members), "profile": alike,
-            "tars": f"{done.shards} in the data set; {done.read} read now, {done.unchanged} known from before",
+            "tars": f"{done.shards} in the data set; {done.read} read now{known}",
         },
     )  # fmt: skip
     if done.left_out:

@@ -87,6 +87,10 @@ class IngestFailure(Exception):
         self.cause = cause
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[IngestFailure], tuple[Cause, str]]:
+        """From one process to another: an exception is made again from its arguments."""
+        return type(self), (self.cause, self.detail)
+
 
 # yt-dlp knows most of these only as a sentence. First match wins: "Video unavailable. This video is private" is private.
 _SAYS = tuple(

@@ -30,10 +30,16 @@ def _plain(values: pa.Array) -> pa.Array:
     return values
 
 
-def gather_dense(datasets: Sequence[Dataset], source: NDArray[np.int32], row: NDArray[np.int64], name: str) -> NDArray[Any]:
-    """A column of numbers, (n, ...); each source is read in blocks, and what nobody asks for is not read."""
+def gather_dense(
+    datasets: Sequence[Dataset], source: NDArray[np.int32], row: NDArray[np.int64], name: str, width: int | None = None
+) -> NDArray[Any]:
+    """A column of numbers, (n, ...); each source is read in blocks, and what nobody asks for is not read.
+
+    width: only so many of each row's first values, for sources that differ in how many they have.
+    """
     kinds = [(d.catalog.column(name, slice(0, 0)).dtype, d.catalog.shape(name)[1:]) for d in datasets]
-    found = np.empty((len(row), *kinds[0][1]), dtype=np.result_type(*(dtype for dtype, _ in kinds)))
+    shape = kinds[0][1] if width is None else (width, *kinds[0][1][1:])
+    found = np.empty((len(row), *shape), dtype=np.result_type(*(dtype for dtype, _ in kinds)))
     for number, dataset in enumerate(datasets):
         here = np.flatnonzero(source == number)
         here = here[np.argsort(row[here], kind="stable")]
@@ -43,6 +49,7 @@ def gather_dense(datasets: Sequence[Dataset], source: NDArray[np.int32], row: ND
             block = int(rows[at]) // _BLOCK * _BLOCK
             until = int(np.searchsorted(rows, block + _BLOCK))
             values = dataset.catalog.column(name, slice(int(rows[at]), int(rows[until - 1]) + 1))
-            found[here[at:until]] = values[rows[at:until] - rows[at]]
+            chosen = values[rows[at:until] - rows[at]]
+            found[here[at:until]] = chosen if width is None else chosen[:, :width]
             at = until
     return found

@@ -116,7 +116,7 @@ def lay_out(datasets: Sequence[Dataset], plan: Plan, members: Sequence[str], sha
 def _digests(datasets: Sequence[Dataset], plan: Plan, columns: list[int]) -> NDArray[np.uint8]:
     """An earlier version kept none of the json member: then there is none to compare with, in all sources."""
     width = min(d.catalog.shape("sha256")[1] for d in datasets)
-    return gather_dense(datasets, plan.source, plan.row, "sha256")[:, [c for c in columns if c < width]]
+    return gather_dense(datasets, plan.source, plan.row, "sha256", width)[:, [c for c in columns if c < width]]
 
 
 def split_words(split: str) -> bytes:

@@ -64,8 +64,11 @@ def matching(dataset: Dataset, where: str | None) -> NDArray[np.int64]:
 
 
 def _measured(values: pa.Array) -> pa.Array:
-    """NaN, for which SQL would have every clip be louder than any limit, as NULL."""
+    """NaN, for which SQL would have every clip be louder than any limit, as NULL; lists of codes as lists of words."""
     unknown = pc.is_nan(values) if pa.types.is_floating(values.type) else None
+    if pa.types.is_large_list(values.type) and pa.types.is_dictionary(values.type.value_type):
+        # DuckDB reads no batch of coded lists that are all empty
+        return pa.LargeListArray.from_arrays(values.offsets, values.values.cast(pa.large_string()))
     return values if unknown is None or not pc.any(unknown).as_py() else pc.if_else(unknown, None, values)
 
 

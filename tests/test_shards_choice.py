@@ -150,3 +150,10 @@ def test_a_split_without_clips_is_told(datasets: list[Dataset], caplog: pytest.L
 def test_chance_has_a_seed(datasets: list[Dataset]) -> None:
     with pytest.raises(DatasetError, match="another question each time; for clips by chance give order shuffle:SEED"):
         make_plan(datasets, Choice("Random() < 0.5"))
+
+
+def test_labels_may_be_asked_where_no_clip_has_one(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path, tiny_profile()) as w:
+        for i in range(3):
+            w.add(make_clip(i, labels=()))
+    assert len(make_plan([Dataset.open(tmp_path)], Choice("not list_contains(labels, 'dog') and len(labels) = 0")).row) == 3

@@ -126,7 +126,7 @@ def test_killed_while_a_shard_is_uploaded(s3: str, here: Path, clips: list[Clip]
         raise RuntimeError("broken")
     assert "clips-000001.tar" not in objects(url) and len(Dataset.open(url)) == 4
     fsspec.filesystem("s3").rm(f"{url}/catalog.zarr/size", recursive=True)
-    with pytest.raises(DatasetError, match="column size of .* is missing"):
+    with pytest.raises(DatasetError, match=r"column size of .* is missing"):
         Dataset.open(url).read(0)
     write(url, clips)  # makes the catalog again from the shards, and goes on
     again, local = Dataset.open(url), Dataset.open(here)

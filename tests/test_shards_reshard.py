@@ -184,7 +184,7 @@ def test_members_subset(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"members opus cannot be kept; .* has mp4, flac"):
         reshard(sources, tmp_path / "x", members=("opus",))
     for none in ((), ("json",)):
-        with pytest.raises(DatasetError, match="make no data set; .* has mp4, flac, and json comes along"):
+        with pytest.raises(DatasetError, match=r"make no data set; .* has mp4, flac, and json comes along"):
             reshard(sources, tmp_path / "x", members=none)
     same = reshard(sources[:1], tmp_path / "sound", members=("flac", "json"))
     assert same.there == same.selected, "json comes along, said or not"
