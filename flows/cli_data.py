@@ -53,7 +53,9 @@ def reshard(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Shards (or clips to transcode) at work at once; default: one a core.", rich_help_panel=_HOW),
+        typer.Option(
+            min=1, help="Shards (or clips to transcode) at work at once; by default as many as pay.", rich_help_panel=_HOW
+        ),
     ] = None,
 ) -> None:
     """Filter, merge, order, split and re-cut data sets; bytes are copied, nothing is decoded. The same command continues."""

@@ -387,3 +387,6 @@ def test_what_an_earlier_version_wrote(sources: list[Path], tmp_path: Path) -> N
     assert set(out.catalog.texts("split")) == {"hold\u00e9out", "b"}
     assert [out.read(i, check=True) for i in range(6)]
     assert "captions" not in json.loads(out.read(0)["json"])
+    made(tmp_path / "new", range(6, 9))
+    for turn, both in enumerate(([source, tmp_path / "new"], [tmp_path / "new", source])):
+        assert reshard(both, tmp_path / f"both{turn}").written == 9 and lint(tmp_path / f"both{turn}") == []

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,8 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Cost:
 
 
 def _run(pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if work is loop_files:
+        import_module("peers.webdataset_loop")
     began = time.perf_counter()
     result = work(*arguments)
     wall_s = time.perf_counter() - began
@@ -110,7 +113,7 @@ def reshard_files(source: str, out: str, where: str) -> int:
 
 
 def loop_files(source: str, out: str, where: str) -> int:
-    from peers.webdataset_loop import webdataset_loop  # here: it brings torch, which must not count as ours
+    from peers.webdataset_loop import webdataset_loop  # imported already, by `_run`: it brings torch, whose memory is not ours
 
     return webdataset_loop(Path(source), Path(out), QUESTIONS[where], SHARD_BYTES)
 
