@@ -389,4 +389,5 @@ def test_what_an_earlier_version_wrote(sources: list[Path], tmp_path: Path) -> N
     assert "captions" not in json.loads(out.read(0)["json"])
     made(tmp_path / "new", range(6, 9))
     for turn, both in enumerate(([source, tmp_path / "new"], [tmp_path / "new", source])):
-        assert reshard(both, tmp_path / f"both{turn}").written == 9 and lint(tmp_path / f"both{turn}") == []
+        assert reshard(both, tmp_path / f"both{turn}", split="a:0.5,b:0.5").written == 9
+        assert lint(tmp_path / f"both{turn}") == []
