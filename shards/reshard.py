@@ -303,7 +303,8 @@ def _question(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nothing(datasets: Sequence[Dataset], choice: Choice) -> DatasetError:
-    return DatasetError(f"no clip of {', '.join(d.url for d in datasets)} fits where {choice.where!r}; nothing was written")
+    which = f"fits where {choice.where!r}" if choice.where else "is left to choose from"
+    return DatasetError(f"no clip of {', '.join(d.url for d in datasets)} {which}; nothing was written")
 
 
 def _note(done: Copied) -> dict[str, Any]:
