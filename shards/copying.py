@@ -16,7 +16,7 @@ from cmacc.shards.dataset import Dataset, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.facts import facts_from_json
 from cmacc.shards.index import Member, publish_indexes
-from cmacc.shards.layout import Piece, split_words
+from cmacc.shards.layout import Layout, Piece, split_words
 from cmacc.shards.place import Place
 from cmacc.shards.tar import tar_end, tar_member
 
@@ -30,6 +30,11 @@ class Copied:
 
     shard: Shard
     json_sha256: NDArray[np.uint8] | None
+
+
+def written_anew(of: Layout | Piece, members: Sequence[str]) -> bool:
+    """Whether json members get digests that no source has: they name another split, or the sources kept none of them."""
+    return of.split is not None or ("json" in members and of.sha256.shape[1] < len(members))
 
 
 def copy_shard(datasets: Sequence[Dataset], piece: Piece, members: Sequence[str], home: Place) -> Copied:

@@ -24,7 +24,7 @@ from cmacc.shards.carried import carry_columns, catalog_columns
 from cmacc.shards.catalog_writer import CatalogWriter
 from cmacc.shards.choice import Choice, Pick, Plan, make_plan
 from cmacc.shards.clip import Clip
-from cmacc.shards.copying import Copied, copy_shard, read_clips
+from cmacc.shards.copying import Copied, copy_shard, read_clips, written_anew
 from cmacc.shards.dataset import META, Dataset, Meta, Shard
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.layout import Layout, lay_out
@@ -121,16 +121,26 @@ class _Copying:
         self.workers = workers or ((os.cpu_count() or 1) + 1 if local else _REMOTE_WORKERS)
 
     def run(self) -> Resharded:
+        """Raises DatasetError. Planning needs no lock; whoever held it until then may have finished the very same."""
         question = _question(self.provenance)
         if (done := self._finished(question)) is not None:
             return done
         plan = self._noted(question) or self._planned()
         with self.home.lock():
+            if (done := self._finished(question)) is not None:
+                return done
             self.home.clear()
             plan = self._noted(question) or self._note(plan, question)
             layout = lay_out(self.datasets, plan, self.members, self.shard_bytes)
-            there, copied = self._copy(plan, layout)
-            meta = self._publish(plan, layout, copied)
+            with ThreadPoolExecutor(1) as aside:
+                # all that the catalog says is known before a byte is copied, but for digests of what is written anew
+                early = None if written_anew(layout, self.members) else aside.submit(self._write_catalog, plan, layout, [])
+                there, copied = self._copy(plan, layout)
+                if early is None:
+                    self._write_catalog(plan, layout, copied)
+                else:
+                    early.result()
+            meta = self._publish(copied)
             self.home.remove(_NOTES)
         log.info("%s: %d clips in %d shards", self.home.url, len(plan.row), layout.count)
         if plan.duplicates:
@@ -208,11 +218,12 @@ class _Copying:
                 raise
         return there, [copied[number] for number in range(layout.count)]
 
-    def _publish(self, plan: Plan, layout: Layout, copied: list[Copied]) -> Meta:
-        """The catalog, its added columns and dataset.json, in this order."""
+    def _write_catalog(self, plan: Plan, layout: Layout, copied: Sequence[Copied]) -> None:
         columns, words = catalog_columns(self.datasets, plan, layout, self.members, [c.json_sha256 for c in copied])
-        catalog = CatalogWriter.write(self.home, self.members, columns, words)
-        carry_columns(self.datasets, plan, catalog)
+        carry_columns(self.datasets, plan, CatalogWriter.write(self.home, self.members, columns, words))
+
+    def _publish(self, copied: list[Copied]) -> Meta:
+        """Name what was copied: from here on there is a data set."""
         first = self.datasets[0].meta
         meta = Meta(
             profile=first.profile, foreign=first.foreign, members=self.members, provenance=self.provenance,

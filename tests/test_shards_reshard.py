@@ -17,7 +17,7 @@ from killing import killing
 from media import make_clip, tiny_profile
 
 from cmacc.shards import writer as writer_module
-from cmacc.shards.choice import parse_split, split_of
+from cmacc.shards.choice import Plan, parse_split, split_of
 from cmacc.shards.clip import Clip, Facts
 from cmacc.shards.columns import create_array
 from cmacc.shards.dataset import Dataset
@@ -26,7 +26,7 @@ from cmacc.shards.facts import facts_from_json
 from cmacc.shards.lint import lint
 from cmacc.shards.place import place
 from cmacc.shards.query import matching, query_columns
-from cmacc.shards.reshard import reshard
+from cmacc.shards.reshard import _Copying, reshard
 from cmacc.shards.writer import DatasetWriter
 
 SHARD = 102_400
@@ -391,3 +391,24 @@ def test_what_an_earlier_version_wrote(sources: list[Path], tmp_path: Path) -> N
     for turn, both in enumerate(([source, tmp_path / "new"], [tmp_path / "new", source])):
         assert reshard(both, tmp_path / f"both{turn}", split="a:0.5,b:0.5").written == 9
         assert lint(tmp_path / f"both{turn}") == []
+
+
+@pytest.mark.parametrize("order", ["shuffle:1", "shuffle:2"])
+def test_another_was_quicker(sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """While one plans, another makes the whole data set: the same is taken as it is, another is left alone."""
+    plan = _Copying._planned
+
+    def slowly(self: _Copying) -> Plan:
+        found = plan(self)
+        monkeypatch.setattr(_Copying, "_planned", plan)
+        reshard(sources, tmp_path / "out", order=order)
+        return found
+
+    monkeypatch.setattr(_Copying, "_planned", slowly)
+    if order == "shuffle:1":
+        assert reshard(sources, tmp_path / "out", order="shuffle:1").there == 20
+    else:
+        with pytest.raises(DatasetError, match="of another choice"):
+            reshard(sources, tmp_path / "out", order="shuffle:1")
+    assert Dataset.open(tmp_path / "out").meta.provenance["reshard"]["order"] == order
+    assert [name for name in place(tmp_path / "out").names() if name.startswith(".")] == [".lock"]
