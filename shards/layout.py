@@ -27,7 +27,6 @@ class Piece(NamedTuple):
     """One shard of a layout: all that is needed to write it. Fields as in `Plan` and `Layout`, of its clips alone."""
 
     name: str
-    bytes: int
     keys: list[str]
     source: NDArray[np.int32]
     row: NDArray[np.int64]
@@ -70,7 +69,7 @@ class Layout:
         here = slice(int(self.begin[shard]), int(self.begin[shard + 1]))
         split = self.split and (self.split[0][here], self.split[1][here])
         return Piece(
-            self.name(shard), int(self.bytes[shard]), self.keys[here].to_pylist(), plan.source[here], plan.row[here],
+            self.name(shard), self.keys[here].to_pylist(), plan.source[here], plan.row[here],
             self.offset[here], self.size[here], self.shard[here], self.place[here], self.was[here], self.sha256[here], split,
         )  # fmt: skip
 
