@@ -6,7 +6,7 @@ A data set is a directory: `dataset.json`, `clips-NNNNNN.tar` with two indexes e
 `writer.DatasetWriter`                         clips in; shards committed one by one, whatever happens
 `dataset.Dataset`, `cache.Cache`               a clip's bytes by row or key, from a folder or any fsspec URL
 `catalog.Catalog`                              columns of all clips; embeddings can be added (`Dataset.catalog`)
-`order.epoch_order`, `batch_rows`, `rank_slice`  the global order of samples, and a rank's part of it
+`order.Order`, `mixture.Mixture`, `split.Split`  the global order of samples, of one data set or several
 `reshard.reshard`                              filter, subset, merge, order, split, resize, without decoding
 `foreign.index_shards`                         tars that others wrote, made a data set where they lie
 `lint.lint`, `describe.describe`               is it sound, and what is in it, in numbers

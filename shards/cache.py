@@ -12,6 +12,7 @@ that nobody holds: the next eviction, which counts what is there, mends both.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -35,13 +36,16 @@ _DISK_BLOCK, _NAME = 4096, 256  # bytes: what a file's size is rounded up to, an
 _FIXED = 5 * _DISK_BLOCK  # of the folders, `used` and `lock`
 _AFTER = 0.9  # of the limit, that eviction leaves
 _TOUCH_S = 60.0
+_LOCK_S = 30.0
+_ATTEMPTS = 3
 
 
 class Cache:
     """At most `max_bytes` of blocks in `folder`, those used last; every process of the machine may use the folder at once.
 
-    It can be pickled, and used from threads and after a fork. Where the folder cannot be used (not ours, read-only, full) there
-    is one warning, and reading goes on without it. Raises DatasetError for a limit that does not hold one block.
+    It can be pickled, and used from threads and after a fork. A folder that is deleted is made again. Where it cannot be used
+    (not ours, read-only, full, locked by a process that does not go on) there is one warning, nothing more is kept in it, and
+    reading goes on without it. Raises DatasetError for a limit that does not hold one block.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, block_bytes: int = 4 << 20) -> None:
@@ -52,6 +56,19 @@ class Cache:
         self._blocks = self.folder / "blocks"
         self._pid = 0  # of the process that has looked at the folder
         self._off = False
+
+    def holds(self, size: int) -> bool:
+        """Whether `size` bytes, of blocks that are there as a whole, would all stay: what is read in turns and does not, is
+        fetched anew each turn. Never, where the folder cannot be used."""
+        blocks = -(-size // self.block_bytes)
+        return not self._off and _FIXED + blocks * _cost(_file_bytes(self.block_bytes)) <= self.max_bytes * _AFTER
+
+    def has(self, sha256: str, number: int, size: int) -> bool:
+        """Whether a block of `size` bytes is there, whatever is in it."""
+        try:
+            return self._path(sha256, number).stat().st_size == _file_bytes(size)
+        except OSError:
+            return False
 
     def get(self, sha256: str, number: int, size: int, begin: int, end: int) -> bytes | None:
         """Bytes `begin` to `end` of a block of `size` bytes, None when it is not there."""
@@ -73,6 +90,8 @@ class Cache:
             elif time.time() - status.st_mtime > _TOUCH_S:
                 with contextlib.suppress(OSError):  # of another user; it then goes earlier
                     os.utime(fd)
+        except FileNotFoundError:  # the folder was deleted meanwhile
+            return None
         except OSError as e:
             self._give_up(e)
             return None
@@ -82,27 +101,17 @@ class Cache:
 
     def put(self, sha256: str, number: int, data: bytes) -> None:
         """Keep a block, whole, unless it is there; room is made for it where there is none left."""
-        path, size = self._path(sha256, number), _file_bytes(len(data))
-        if self._off or path.exists():
-            return
+        path = self._path(sha256, number)
         try:
-            self._enter()
-            part = self._reserve(path, size)
-            if part is None:
-                return
-            fd, name = part
-            try:
-                for piece in (data, _checksums(data)):
-                    view = memoryview(piece)
-                    while view:
-                        view = view[os.write(fd, view) :]
-                self._publish(name, path, size)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._discard(name, size)
-                raise
-            finally:
-                os.close(fd)
+            for attempt in range(_ATTEMPTS):
+                try:
+                    if not self._off and not path.exists():
+                        self._put(path, data)
+                    break
+                except FileNotFoundError:  # the folder was deleted meanwhile
+                    self._pid = 0
+                    if attempt == _ATTEMPTS - 1:
+                        raise
         except OSError as e:
             self._give_up(e)
 
@@ -112,6 +121,26 @@ class Cache:
         with contextlib.suppress(OSError):
             self._drop(path, path.stat().st_ino)
 
+    def _put(self, path: Path, data: bytes) -> None:
+        size = _file_bytes(len(data))
+        self._enter()
+        part = self._reserve(path, size)
+        if part is None:
+            return
+        fd, name = part
+        try:
+            for piece in (data, _checksums(data)):
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+            self._publish(name, path, size)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._discard(name, size)
+            raise
+        finally:
+            os.close(fd)
+
     # --- inside: what holds the lock ---
 
     @contextlib.contextmanager
@@ -119,7 +148,7 @@ class Cache:
         """Opened anew each time: so it also keeps threads apart, and a fork inherits nothing that counts."""
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             with contextlib.closing(_Count(self.folder / "used")) as count:
                 yield count
         finally:
@@ -148,8 +177,14 @@ class Cache:
             count.set(count.bytes + _cost(size))
             name = self._blocks / f".{secrets.token_hex(8)}.part"
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, size)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(fd, size)
+            except OSError:
+                os.close(fd)
+                name.unlink()
+                count.set(count.bytes - _cost(size))
+                raise
             return fd, name
 
     def _publish(self, part: Path, path: Path, size: int) -> None:
@@ -219,6 +254,19 @@ class _Count:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _lock(fd: int) -> None:
+    """Wait for the lock, which is held for moments; TimeoutError where its holder was stopped, or is on another machine."""
+    began, pause = time.monotonic(), 0.0005
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - began > _LOCK_S:
+                raise TimeoutError(errno.ETIMEDOUT, f"another process has held its lock for {_LOCK_S:.3g} s") from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
 
 
 def _file_bytes(size: int) -> int:

@@ -36,8 +36,10 @@ from cmacc.shards.columns import (
 )  # fmt: skip
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.place import place
-from cmacc.shards.remote import patiently
+from cmacc.shards.remote import PATIENCE_S, passes, patiently
+from cmacc.shards.store import remote_store
 
+_READ_TOGETHER = 1 << 18  # bytes, before compression: a chunk as we write it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -55,10 +57,13 @@ class Catalog:
     """Columns of the first `rows` clips. Opening costs nothing; each column is read alone, when asked for.
 
     url: of `catalog.zarr`, local or anything fsspec knows. members: extensions, in the order of `offset` and `size`.
+    patience: seconds that a store may take to answer.
     """
 
-    def __init__(self, url: str, rows: int, members: Sequence[str], *, writable: bool = False) -> None:
-        self.url, self.rows, self.members = url, rows, tuple(members)
+    def __init__(
+        self, url: str, rows: int, members: Sequence[str], *, writable: bool = False, patience: float = PATIENCE_S
+    ) -> None:
+        self.url, self.rows, self.members, self.patience = url, rows, tuple(members), patience
         self._writable = writable
         self._group: Any = None
         self._pid = os.getpid()
@@ -82,8 +87,20 @@ class Catalog:
         return min(self.rows, array.shape[0]), *array.shape[1:]
 
     def chunk_rows(self, name: str) -> int:
-        """Rows of a column of numbers that are read together, the first chunk beginning at row 0."""
-        return int(self._node(name).chunks[0])
+        """Rows of an array that are best read together, the first of them beginning at 0: a chunk, or 256 KiB of a larger one.
+
+        name: of a column of numbers, or of one half of a pair, `key/values`. Raises DatasetError.
+        """
+        array = self._array(name)
+        row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        return max(1, min(array.chunks[0], _READ_TOGETHER // max(1, row_bytes)))
+
+    def part(self, name: str, wanted: slice | NDArray[np.integer]) -> NDArray[Any]:
+        """Some elements of one half of a column of lists, `key/offsets` or `key/values`; of a slice, those that are there."""
+        array = self._array(name)
+        if isinstance(wanted, slice):
+            return self._values(array, wanted)
+        return self._values(array.oindex, wanted)
 
     def column(self, name: str, rows: slice | NDArray[np.integer] | None = None) -> NDArray[Any]:
         """A column of numbers, (n, ...): `shard`, a fact, `offset` or `size` (n, members), `sha256` (n, media, 32),
@@ -92,9 +109,7 @@ class Catalog:
         rows: a slice or row numbers (default: all). Raises DatasetError when there is no such column, or when the
         column was added before the data set grew.
         """
-        array = self._node(name)
-        if not hasattr(array, "shape"):
-            raise DatasetError(f"column {name} of {self.url} holds text or lists; read it by texts(), ragged() or labels()")
+        array = self._array(name)
         if array.shape[0] < self.rows:
             raise DatasetError(
                 f"column {name} of {self.url} covers {array.shape[0]} of {self.rows} clips, which came later; compute it again"
@@ -209,7 +224,13 @@ class Catalog:
         try:
             return patiently(lambda: np.asarray(array[rows]))
         except Exception as e:  # whatever zarr, a codec or a bucket makes of what is damaged, gone or forbidden
-            raise DatasetError(f"the catalog at {self.url} cannot be read ({e}); opening it for writing mends it") from e
+            raise DatasetError(f"the catalog at {self.url} cannot be read ({e}); {_mend(e)}") from e
+
+    def _array(self, name: str) -> Any:
+        array = self._node(name)
+        if not hasattr(array, "shape"):
+            raise DatasetError(f"column {name} of {self.url} holds text or lists; read it by texts(), ragged() or labels()")
+        return array
 
     def _root(self) -> Any:
         if self._group is None or self._pid != os.getpid():
@@ -218,13 +239,11 @@ class Catalog:
             try:
                 files, path = fsspec.core.url_to_fs(self.url)
                 local = isinstance(files, LocalFileSystem)
-                # a listing that is kept would not show columns that were added since
-                options = None if local else {"use_listings_cache": False}
                 mode: Literal["r", "r+"] = "r+" if self._writable else "r"
-                where = path if local else self.url
-                self._group = patiently(lambda: zarr.open_group(where, mode=mode, zarr_format=3, storage_options=options))
+                where = path if local else remote_store(self.url, self.patience, read_only=not self._writable)
+                self._group = patiently(lambda: zarr.open_group(where, mode=mode, zarr_format=3))
             except Exception as e:  # each kind of bucket has errors of its own
-                raise DatasetError(f"no catalog can be read at {self.url} ({e}); opening it for writing mends it") from e
+                raise DatasetError(f"no catalog can be read at {self.url} ({e}); {_mend(e)}") from e
         return self._group
 
     def _lacks(self) -> list[str]:
@@ -247,3 +266,9 @@ class Catalog:
             if name.partition("/")[0] in BUILT_IN:
                 raise DatasetError(f"column {name} of {self.url} is missing; opening it for writing mends it") from e
             raise DatasetError(f"no column {name!r} in {self.url}; it has {', '.join(self.columns)}") from e
+        except Exception as e:
+            raise DatasetError(f"the catalog at {self.url} cannot be read ({e}); {_mend(e)}") from e
+
+
+def _mend(error: Exception) -> str:
+    return "check the network, and try again" if passes(error) else "opening it for writing mends it"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
+import math
 import os
 import re
 import tarfile
@@ -18,22 +21,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cmacc.shards.blocks import Blocks
 from cmacc.shards.cache import Cache
 from cmacc.shards.catalog import Catalog
 from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.profile import Profile
-from cmacc.shards.remote import File, Span, Unreadable, fetch, patiently, sizes
+from cmacc.shards.remote import PATIENCE_S, File, Span, Unreadable, fetch, sizes, whole
 from cmacc.shards.rows import RowCache
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 META = "dataset.json"
 _OPEN_FILES = 128
 _KEYS_AT_ONCE = 1 << 18  # that are Python strings, ten times the size, for a moment
-_BLOCKS_AT_ONCE = 16  # of the cache, that are fetched together and are in memory
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")
 
 
@@ -129,50 +134,58 @@ class Dataset:
     Safe to use from many threads, after a fork, and pickled to another process. Row numbers run from 0 to len - 1
     in the order of the shards and of the clips in them.
 
-    A store that is not local is asked for many ranges at once, and again where the network failed; `cache` keeps its blocks on
-    a local disk.
+    A store that is not local is asked for many ranges at once, and again where the network failed or an answer took longer than
+    `patience` seconds; `cache` keeps its blocks on a local disk.
     """
 
-    def __init__(self, url: str, raw: bytes, cache: Cache | None = None) -> None:
+    def __init__(self, url: str, raw: bytes, cache: Cache | None = None, patience: float = PATIENCE_S) -> None:
         self.url = str(url).rstrip("/")
         self._raw = raw
         self._store = lru_cache(1)(lambda pid: fsspec.core.url_to_fs(self.url))
         self._path = self._store(os.getpid())[1]
         self.local = isinstance(self._files, LocalFileSystem)
         self.cache = None if self.local else cache
+        self.patience = patience
         self.meta = Meta.from_bytes(raw, f"{self.url}/{META}")
         self._clips = self.meta.clips
         self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self.catalog = Catalog(f"{self.url}/{CATALOG}", len(self), self.meta.members)
+        self.catalog = Catalog(f"{self.url}/{CATALOG}", len(self), self.meta.members, patience=patience)
         # the C cache needs no lock of its own, so a fork cannot leave one held; a file it drops closes with its last reader
         self._open = lru_cache(_OPEN_FILES)(self._open_shard)
+        # what threads wait for is of no use to a child that was forked
+        self._blocks = lru_cache(1)(lambda pid, cache: Blocks(cache, self.meta.shards, self._fetch))
         self._rows = RowCache(self.catalog)
+        self._told = False
         self._sized: set[int] = set()  # shards elsewhere that were seen to be as long as they should be
         self._begins = [0, *accumulate(s.clips for s in self.meta.shards)][:-1]
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], cache: Cache | None = None) -> Dataset:
+    def open(cls, url: str | os.PathLike[str], cache: Cache | None = None, patience: float | None = None) -> Dataset:
         """Open a folder or any fsspec URL; a web server must answer ranges.
 
         cache: where blocks of shards that are not local are kept. Without one, the environment's CMACC_CACHE names a folder
-        for it, and CMACC_CACHE_GB its limit in GB of 10^9 bytes (default: 16). Raises DatasetError when there is no data set
-        there that this version can read, or the environment asks for a cache that cannot be.
+        for it, and CMACC_CACHE_GB its limit in GB of 10^9 bytes (default: 16). patience: seconds that a store may leave a
+        request without its whole answer, besides the time its bytes need at 1 MiB/s; then it is cancelled and asked again.
+        Without one, the environment's CMACC_PATIENCE_S (default: 30). Raises DatasetError when there is no data set there that
+        this version can read, or the environment asks for what cannot be.
         """
         url = os.fspath(url).rstrip("/")
+        patience = _patience_of_environment() if patience is None else patience
         try:
             files, path = fsspec.core.url_to_fs(url)
-            raw = patiently(lambda: files.cat_file(f"{path}/{META}"))
+            raw = whole(files, f"{path}/{META}", patience)
         except FileNotFoundError as e:
-            missing = "is no data set: it has no dataset.json" if files.exists(path) else "does not exist"
+            gone = isinstance(files, LocalFileSystem) and not files.exists(path)
+            missing = "does not exist" if gone else "is no data set: it has no dataset.json"
             raise DatasetError(f"{url} {missing}; give the folder that `cmacc ingest` wrote") from e
         except Exception as e:  # each kind of bucket has errors of its own
             raise DatasetError(f"{url} cannot be read ({e}); check the address and the right to read it") from e
         if cache is None and not isinstance(files, LocalFileSystem):
             cache = _cache_of_environment()
-        return cls(url, raw, cache)
+        return cls(url, raw, cache, patience)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset, (self.url, self._raw, self.cache)
+        return Dataset, (self.url, self._raw, self.cache, self.patience)
 
     @property
     def _files(self) -> Any:
@@ -288,12 +301,58 @@ class Dataset:
             raise self.damaged(row, wrong)
         return found
 
+    def read_rows(self, rows: ArrayLike, members: Sequence[str]) -> list[tuple[bytes, ...]]:
+        """Bytes of some members of some clips, in any order; elsewhere than on a local disk all are asked for at once.
+
+        Raises DatasetError, IndexError.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        columns = [self.meta.members.index(m) for m in members]
+        offsets, sizes = self.places(rows)
+        begins, ends = offsets[:, columns], (offsets + sizes)[:, columns]
+        first, last = begins.min(1), ends.max(1)
+        spans = [(self.shard_of(r), b, e) for r, b, e in zip(rows.tolist(), first.tolist(), last.tolist(), strict=True)]
+        inner = zip((begins - first[:, None]).tolist(), (ends - first[:, None]).tolist(), strict=True)
+        return [
+            tuple(data[b:e] for b, e in zip(*places, strict=True)) for data, places in zip(self.ranges(spans), inner, strict=True)
+        ]
+
+    def file(self, row: int, member: str) -> io.RawIOBase:
+        """A member of a clip as a file that is read as it is wanted, from a local tar; elsewhere all of it is read now.
+
+        Opening it, and reading from it, raises DatasetError where the shard is gone or cut short.
+        """
+        column = self.meta.members.index(member)
+        offsets, sizes = self.places(slice(row, row + 1))
+        begin, size = int(offsets[0, column]), int(sizes[0, column])
+        shard = self.shard_of(row)
+        if not self.local:
+            return io.BytesIO(self.ranges([(shard, begin, begin + size)])[0])  # type: ignore[return-value]
+        self._open(shard)
+        return _Member(self, shard, begin, size)
+
     def places(self, rows: slice | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the members of some clips lie in their shards: offsets and sizes, bytes, int64 (n, members) each.
 
         Only the catalog's chunks that hold these rows are read, and those used last are kept. The arrays may be read-only.
         """
         return self._rows.rows("offset", rows), self._rows.rows("size", rows)
+
+    def numbers(self, name: str, rows: ArrayLike) -> NDArray[Any]:
+        """A column of numbers for a few rows, (n, ...), perhaps not to be written to.
+
+        rows: row numbers in any order, (n,). As for `texts` and `first_labels`, only the catalog's chunks that hold them are
+        read, and those used last are kept, whatever the size of the data set. Raises DatasetError, IndexError.
+        """
+        return self._rows.rows(name, rows)
+
+    def texts(self, name: str, rows: ArrayLike) -> list[str]:
+        """`key`, `source`, `split` or `duplicate_of` of a few rows. Raises DatasetError, IndexError."""
+        return self._rows.texts(name, rows)
+
+    def first_labels(self, rows: ArrayLike) -> NDArray[np.int64]:
+        """Code of the first label of a few rows, int64 (n,), -1 for a clip without any. Raises DatasetError, IndexError."""
+        return self._rows.first("labels", rows)
 
     def _wrong(self, row: int, found: dict[str, bytes]) -> str | None:
         """The first member that does not have its sha256."""
@@ -315,14 +374,28 @@ class Dataset:
 
         A local file is read span by span; elsewhere all of them are asked for at once, near ones together.
         """
-        wanted = [Span(*span) for span in spans]
-        for shard, begin, end in wanted:
-            if not 0 <= begin <= end <= self.meta.shards[shard].bytes:
-                name = self.meta.shards[shard].name
-                raise DatasetError(f"the catalog of {self.url} points outside {name} (bytes {begin} to {end}); run `cmacc lint`")
+        wanted = [self._inside(*span) for span in spans]
         if self.local:
             return [self._pread(*span) for span in wanted]
-        return self._fetch(wanted) if self.cache is None else self._through(self.cache, wanted)
+        return self._fetch(wanted) if self.cache is None else self._blocks(os.getpid(), self.cache).read(wanted)
+
+    def prefetch(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Bytes that will be wanted soon, of (shard number, begin, end) each: the system reads ahead in a local file, and a cache
+        gets the blocks it lacks, as long as they fit. Without a cache nothing is done.
+
+        What fails is said once and left to who reads it.
+        """
+        try:
+            wanted = [self._inside(*span) for span in spans]
+            if self.local:
+                for shard, begin, end in wanted:
+                    self._open(shard).read_ahead(begin, end)
+            elif self.cache is not None:
+                self._blocks(os.getpid(), self.cache).prefetch(wanted)
+        except (DatasetError, OSError) as e:
+            if not self._told:
+                self._told = True
+                log.warning("nothing is read ahead: %s", e)
 
     def read_into(self, spans: Sequence[tuple[int, int, memoryview]]) -> None:
         """Fill each buffer with bytes of a shard from `begin` on, for each (shard number, begin, buffer); raises like `ranges`.
@@ -337,6 +410,14 @@ class Dataset:
         for shard, begin, buffer in spans:
             if self._open(shard).read_into(buffer, begin) < len(buffer):
                 self.ranges([(shard, begin, begin + len(buffer))])  # says what is wrong
+
+    def _inside(self, shard: int, begin: int, end: int) -> Span:
+        if not 0 <= shard < len(self.meta.shards):
+            raise DatasetError(f"there is no shard number {shard} in {self.url}; it has {len(self.meta.shards)}, the first is 0")
+        if not 0 <= begin <= end <= self.meta.shards[shard].bytes:
+            name = self.meta.shards[shard].name
+            raise DatasetError(f"the catalog of {self.url} points outside {name} (bytes {begin} to {end}); run `cmacc lint`")
+        return Span(shard, begin, end)
 
     def _pread(self, shard: int, begin: int, end: int) -> bytes:
         data = self._open(shard).read(begin, end)
@@ -355,11 +436,11 @@ class Dataset:
         files = {n: File(f"{self._path}/{self.meta.shards[n].name}", self.meta.shards[n].bytes) for n in numbers}
         try:
             fresh = [n for n in numbers if n not in self._sized]
-            for number, size in zip(fresh, sizes(self._files, {n: files[n] for n in fresh}), strict=True):
+            for number, size in zip(fresh, sizes(self._files, {n: files[n] for n in fresh}, self.patience), strict=True):
                 if size not in (None, files[number].bytes):
                     raise self._changed(number, size)
             self._sized.update(fresh)
-            got = iter(fetch(self._files, files, [s for s in spans if s.begin < s.end]))
+            got = iter(fetch(self._files, files, [s for s in spans if s.begin < s.end], self.patience))
         except Unreadable as e:
             entry, why = self.meta.shards[e.span.file], e.__cause__
             if isinstance(why, FileNotFoundError):
@@ -369,32 +450,6 @@ class Dataset:
             said = f"bytes {e.span.begin} to {e.span.end} of {self.url}/{entry.name} cannot be read ({why})"
             raise DatasetError(f"{said}; check the network and the right to read it, and try again") from e
         return [next(got) if s.begin < s.end else b"" for s in spans]
-
-    def _through(self, cache: Cache, spans: list[Span]) -> list[bytes]:
-        """From the cache, where it has them; what it lacks is fetched in whole blocks and kept."""
-        step = cache.block_bytes
-        pieces: list[list[bytes | None]] = []
-        lacking: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # by block: which piece, and which bytes of it
-        for i, (shard, begin, end) in enumerate(spans):
-            entry, found = self.meta.shards[shard], list[bytes | None]()
-            for number in range(begin // step, -(-end // step)) if begin < end else ():
-                at = number * step
-                size = min(step, entry.bytes - at)
-                inner = max(begin - at, 0), min(end - at, size)
-                found.append(cache.get(entry.sha256, number, size, *inner))
-                if found[-1] is None:
-                    lacking.setdefault((shard, number), []).append((i, len(found) - 1, *inner))
-            pieces.append(found)
-        blocks = list(lacking)
-        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            some = blocks[first : first + _BLOCKS_AT_ONCE]
-            ends = [min((n + 1) * step, self.meta.shards[shard].bytes) for shard, n in some]
-            got = self._fetch([Span(shard, n * step, end) for (shard, n), end in zip(some, ends, strict=True)])
-            for (shard, number), data in zip(some, got, strict=True):
-                cache.put(self.meta.shards[shard].sha256, number, data)
-                for i, piece, begin, end in lacking[shard, number]:
-                    pieces[i][piece] = data[begin:end]
-        return [found[0] if len(found) == 1 and found[0] is not None else b"".join(p or b"" for p in found) for found in pieces]
 
     def _open_shard(self, shard: int) -> _LocalFile:
         entry = self.meta.shards[shard]
@@ -412,6 +467,39 @@ class Dataset:
         return DatasetError(f"{said}; copy it again")
 
 
+class _Member(io.RawIOBase):
+    """Bytes of a local shard as a file of their own. It does not hold the shard open: thousands may wait to be read."""
+
+    def __init__(self, dataset: Dataset, shard: int, begin: int, size: int) -> None:
+        self._dataset, self._shard, self._begin, self._size, self._at = dataset, shard, begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        if end <= self._at:
+            return b""
+        data = self._dataset.ranges([(self._shard, self._begin + self._at, self._begin + end)])[0]
+        self._at = end
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def _cache_of_environment() -> Cache | None:
     folder, limit = os.environ.get("CMACC_CACHE"), os.environ.get("CMACC_CACHE_GB", "16")
     if not folder:
@@ -420,6 +508,17 @@ def _cache_of_environment() -> Cache | None:
         return Cache(folder, int(float(limit) * 1e9))
     except (ValueError, OverflowError) as e:
         raise DatasetError(f"CMACC_CACHE_GB is {limit!r}; give a number of gigabytes") from e
+
+
+def _patience_of_environment() -> float:
+    said = os.environ.get("CMACC_PATIENCE_S") or PATIENCE_S
+    try:
+        patience = float(said)
+    except ValueError:
+        patience = 0.0
+    if not 0 < patience < math.inf:
+        raise DatasetError(f"CMACC_PATIENCE_S is {said!r}; give a number of seconds")
+    return patience
 
 
 class _LocalFile:
@@ -444,6 +543,11 @@ class _LocalFile:
         while done < len(buffer) and (more := os.preadv(self._fd, [buffer[done:]], begin + done)):
             done += more
         return done
+
+    def read_ahead(self, begin: int, end: int) -> None:
+        """Ask the system for bytes that will be read soon, where it can be asked; does not wait for them."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,9 +90,99 @@ def prefect(folder: Path) -> Iterator[Prefect]:
     """A Prefect server of its own, its home and logs in `folder`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": url, "PREFECT_LOGGING_LEVEL": "INFO"}
+    environment = {
+        **os.environ, "PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": url, "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",  # by default a run waits for its worker ten seconds
+    }  # fmt: skip
     log = folder / "server.log"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with running(command, environment, log) as process:
         wait_for(f"{url}/health", process, log)
         yield Prefect(environment, folder)
+
+
+@dataclass
+class FileServer:
+    """A server of files, by range, that fails.
+
+    faults: what happens to the next requests for files that end in `of`. asked: ranges of shards that were asked for; names: of
+    those shards. gate: what a request with the fault `wait` waits for before it is answered well. hung_up: how many requests
+    that never were answered in full were ended by who asked.
+    """
+
+    url: str = ""
+    of: str = ".tar"
+    faults: list[str] = field(default_factory=list)
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    hung_up: int = 0
+
+    def stall(self, connection: socket.socket) -> None:
+        connection.settimeout(60)
+        self.hung_up += connection.recv(1) == b""
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """As a bucket's public side, or a static web server, answers."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *arguments: Any, server_state: FileServer, **options: Any) -> None:
+        self.state = server_state
+        super().__init__(*arguments, **options)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            return self.send_error(404)
+        data, size = path.read_bytes(), path.stat().st_size
+        fault = self.state.faults.pop(0) if str(path).endswith(self.state.of) and self.state.faults else ""
+        if fault == "mute":
+            self.close_connection = True
+            return self.state.stall(self.connection)
+        if fault == "wait":
+            self.state.gate.wait(60)
+        if fault.isdigit():
+            return self.send_error(int(fault))
+        if fault == "drop":
+            self.close_connection = True
+            return self.connection.close()
+        found = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if found and found[1] and int(found[1]) >= size:
+            self.state.asked.append((int(found[1]), int(found[2])))
+            return self.send_error(416)
+        if found and fault != "whole":
+            begin = int(found[1]) if found[1] else size - int(found[2])
+            end = min(int(found[2]) + 1, size) if found[1] and found[2] else size
+            if path.suffix == ".tar":
+                self.state.asked.append((begin, end))
+                self.state.names.append(path.name)
+            data = data[begin:end]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if fault in ("cut", "stall") else data)
+        if fault == "stall":
+            self.state.stall(self.connection)
+        self.close_connection = self.close_connection or fault in ("cut", "stall")
+        return None
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FileServer]:
+    """Serve the files of a folder."""
+    state = FileServer()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder), server_state=state))
+    state.url = f"http://127.0.0.1:{http.server_address[1]}"
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield state
+    state.gate.set()
+    http.shutdown()
+    http.server_close()

@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -197,6 +199,112 @@ def test_reading_goes_on_without_it(
     assert disk_bytes(tmp_path / "c") < 40_000
 
 
+# --- a folder that others change meanwhile ---
+
+
+@pytest.mark.parametrize("when", ["before", "while it writes", "while it reserves"])
+def test_a_folder_that_was_deleted_is_made_again(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "c"
+    cache, times = Cache(folder, LIMIT, BLOCK), []
+    cache.put(SHA, 0, block(0))
+    if when == "before":
+        shutil.rmtree(folder)
+    else:
+        name, owner = ("_checksums", cache_module) if when == "while it writes" else ("ftruncate", os)
+        real = getattr(owner, name)
+        gone = lambda *a: (times or shutil.rmtree(folder), times.append(1), real(*a))[2]  # noqa: E731
+        monkeypatch.setattr(owner, name, gone)
+    cache.put(SHA, 1, block(1))
+    monkeypatch.undo()
+    assert cache.get(SHA, 1, BLOCK, 0, BLOCK) == block(1) and cache.get(SHA, 0, BLOCK, 0, BLOCK) is None
+    assert counted(folder) == real_cost(folder) and caplog.messages == []
+
+
+def test_a_folder_that_is_deleted_again_and_again(remote: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = Dataset.open(remote, Cache(tmp_path / "c", LIMIT, 20_000))
+    rows, over = np.random.default_rng(0).integers(0, N, 400).tolist(), threading.Event()
+
+    def delete() -> None:
+        while not over.wait(0.002):
+            shutil.rmtree(tmp_path / "c", ignore_errors=True)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(dataset.read, rows)) == [clip_bytes(r) for r in rows]
+    over.set()
+    thread.join()
+    assert len(caplog.messages) == sum("reading goes on without it" in m for m in caplog.messages) <= 1
+
+
+def test_a_file_system_that_takes_no_more(tmp_path: Path) -> None:
+    """A real limit on the size of files, under which the folder's small files fit and blocks do not."""
+    script = f"""
+import logging, os, resource, sys
+sys.path[:0] = {sys.path!r}
+from cmacc.shards.cache import Cache
+logging.basicConfig(format="%(message)s")
+cache = Cache(sys.argv[1], {LIMIT}, {BLOCK})
+cache.put({SHA!r}, 0, bytes({BLOCK}))
+before = len(os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+for number in (1, 2, 3):
+    cache.put({SHA!r}, number, bytes({BLOCK}))
+assert cache.get({SHA!r}, 0, {BLOCK}, 0, {BLOCK}) == bytes({BLOCK}) and not cache.holds(1)
+assert len(os.listdir("/proc/self/fd")) == before
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large); reading goes on without it" in done.stderr
+    assert files(tmp_path) == [f"{SHA}.{BLOCK}.0"] and counted(tmp_path) == real_cost(tmp_path)
+
+
+def test_a_process_that_holds_the_lock_and_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, mine = Cache(tmp_path, LIMIT, BLOCK), Cache(tmp_path, LIMIT, BLOCK)
+    mine.put(SHA, 0, block(0))
+
+    def stopped() -> None:
+        with cache._locked():
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    process = multiprocessing.get_context("fork").Process(target=stopped)
+    process.start()
+    os.waitpid(process.pid or 0, os.WUNTRACED)
+    monkeypatch.setattr(cache_module, "_LOCK_S", 0.1)
+    mine.put(SHA, 1, block(1))
+    mine.put(SHA, 2, block(2))
+    process.kill()
+    process.join()
+    assert mine.get(SHA, 0, BLOCK, 0, BLOCK) == block(0) and mine.get(SHA, 1, BLOCK, 0, 1) is None
+    assert sum("another process has held its lock for 0.1 s); reading goes on" in m for m in caplog.messages) == 1
+
+
+def test_what_it_holds_stays(tmp_path: Path) -> None:
+    cache, blocks = Cache(tmp_path, LIMIT, BLOCK), 0
+    while cache.holds((blocks + 1) * BLOCK):
+        blocks += 1
+    assert cache.holds(blocks * BLOCK - 1) and not cache.holds(blocks * BLOCK + 1) and blocks * BLOCK > 0.75 * LIMIT
+    for turn in range(3):
+        for number in range(blocks):
+            assert cache.has(SHA, number, BLOCK) == (turn > 0)
+            cache.put(SHA, number, block(number))
+    assert not cache.has(SHA, 0, BLOCK - 1) and len(files(tmp_path)) == blocks
+
+
+def test_two_limits_for_one_folder(remote: str, tmp_path: Path) -> None:
+    """Each evicts what the other has just fetched; the larger limit is never passed, and every byte is right."""
+    small, large = (Dataset.open(remote, Cache(tmp_path, limit, 20_000)) for limit in (100_000, 300_000))
+    started = [*processes(small, times=3), *processes(large, times=3)]
+    for process in started:
+        process.join(60)
+    assert [p.exitcode for p in started] == [0] * 8
+    assert disk_bytes(tmp_path) <= 300_000 and counted(tmp_path) == real_cost(tmp_path)
+
+
 # --- data sets read through it ---
 
 
@@ -223,7 +331,8 @@ def test_no_request_where_blocks_are_there(remote: str, tmp_path: Path, monkeypa
     shards = [(i, 0, s.bytes) for i, s in enumerate(dataset.meta.shards)]
     whole = dataset.ranges([*shards, (0, 0, 0)])
     assert [len(data) for data in whole] == [*(s.bytes for s in dataset.meta.shards), 0]
-    monkeypatch.setattr(type(dataset._files), "cat_ranges", None)
+    real = type(dataset._files).cat_file
+    monkeypatch.setattr(type(dataset._files), "cat_file", lambda s, path, **k: None if ".tar" in path else real(s, path, **k))
     assert dataset.ranges(shards) == whole[:-1]
     assert all(dataset.read(row, check=True) == clip_bytes(row) for row in range(N))
     again = pickle.loads(pickle.dumps(dataset))

@@ -15,7 +15,7 @@ from cmacc.shards.dataset import Dataset
 from cmacc.shards.embeddings import embeddings, first_of_near
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.writer import DatasetWriter
-from cmacc.train.selection import pick_diverse
+from cmacc.train.contrast.selection import pick_diverse
 
 NAMES = [("dog",), ("dog", "bark"), ("cat",), (), ("dog",), ("dog",), ("cat", "dog")]
 

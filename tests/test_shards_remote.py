@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 import s3fs
 import tenacity
 from media import make_clip, tiny_profile
+from servers import FileServer, serving
 
 from cmacc.shards import place as place_module
 from cmacc.shards import remote as remote_module
@@ -138,70 +138,15 @@ def test_killed_while_a_shard_is_uploaded(s3: str, here: Path, clips: list[Clip]
 # --- behind a server that fails ---
 
 
-@dataclass
-class Server:
-    """Serves files by range. faults: what happens to the next requests for shards; asked: their ranges."""
-
-    url: str = ""
-    faults: list[str] = field(default_factory=list)
-    asked: list[tuple[int, int]] = field(default_factory=list)
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """As a bucket's public side, or a static web server, answers."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *arguments: Any, server_state: Server, **options: Any) -> None:
-        self.state = server_state
-        super().__init__(*arguments, **options)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return self.send_error(404)
-        data, size = path.read_bytes(), path.stat().st_size
-        fault = self.state.faults.pop(0) if path.suffix == ".tar" and self.state.faults else ""
-        if fault.isdigit():
-            return self.send_error(int(fault))
-        if fault == "drop":
-            self.close_connection = True
-            return self.connection.close()
-        found = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if found and fault != "whole":
-            begin = int(found[1]) if found[1] else size - int(found[2])
-            end = min(int(found[2]) + 1, size) if found[1] and found[2] else size
-            if path.suffix == ".tar":
-                self.state.asked.append((begin, end))
-            data = data[begin:end]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-        self.close_connection = self.close_connection or fault == "cut"
-        return None
-
-
 @pytest.fixture
-def server(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(remote_module, "_WAIT", tenacity.wait_none())
-    state = Server()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(here.parent), server_state=state))
-    state.url = f"http://127.0.0.1:{http.server_address[1]}"
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield state
-    http.shutdown()
-    http.server_close()
+    with serving(here.parent) as state:
+        yield state
 
 
 @pytest.fixture(params=["http", "s3"])
-def served(request: pytest.FixtureRequest, server: Server, here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def served(request: pytest.FixtureRequest, server: FileServer, here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """URL of the data set on that server, as a web page and as an object of a bucket: S3 reads by plain GET."""
     if request.param == "http":
         yield f"{server.url}/{here.name}"
@@ -216,7 +161,7 @@ def served(request: pytest.FixtureRequest, server: Server, here: Path, monkeypat
 
 
 @pytest.mark.parametrize("fault", ["503", "drop", "cut", "500", "429"])
-def test_what_passes_is_asked_again(server: Server, served: str, here: Path, fault: str) -> None:
+def test_what_passes_is_asked_again(server: FileServer, served: str, here: Path, fault: str) -> None:
     dataset, local = Dataset.open(served), Dataset.open(here)
     dataset.read(0)
     server.faults[:] = [fault] * 3
@@ -227,7 +172,7 @@ def test_what_passes_is_asked_again(server: Server, served: str, here: Path, fau
 
 
 @pytest.mark.parametrize("fault", ["503", "drop"])
-def test_what_does_not_pass_is_one_sentence(server: Server, served: str, fault: str) -> None:
+def test_what_does_not_pass_is_one_sentence(server: FileServer, served: str, fault: str) -> None:
     dataset = Dataset.open(served)
     dataset.read(0)
     server.faults[:] = [fault] * 200
@@ -236,7 +181,7 @@ def test_what_does_not_pass_is_one_sentence(server: Server, served: str, fault: 
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [("403", "cannot be read .*right to read it"), ("404", "is missing from")])
-def test_what_is_refused_is_not_asked_again(server: Server, served: str, fault: str, sentence: str) -> None:
+def test_what_is_refused_is_not_asked_again(server: FileServer, served: str, fault: str, sentence: str) -> None:
     dataset = Dataset.open(served)
     dataset.read(0)
     server.faults[:] = [fault] * 9
@@ -245,14 +190,106 @@ def test_what_is_refused_is_not_asked_again(server: Server, served: str, fault: 
     assert len(server.faults) == 8
 
 
-def test_a_web_server_without_ranges(server: Server, here: Path) -> None:
+# --- behind a server that stalls ---
+
+
+@pytest.mark.parametrize("fault", ["stall", "mute"])
+def test_what_stalls_is_cancelled_and_asked_again(
+    server: FileServer, served: str, here: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset, local = Dataset.open(served), Dataset.open(here)
+    spans = [(s, 10, 600) for s in range(len(local.meta.shards))]
+    dataset.ranges(spans)
+    dataset.patience = 0.5
+    server.asked.clear()
+    server.faults[:] = ["", fault]
+    assert dataset.ranges(spans) == local.ranges(spans)
+    answered = len(server.asked) - (fault == "stall")
+    assert server.hung_up == 1 and answered == len(spans)  # what had come was not asked for again
+    name = r"bytes 10 to 600 of (http|s3)://.*set/clips-00000\d\.tar did not come within 0\.50\d s"
+    assert [m for m in caplog.messages if re.fullmatch(name, m)]
+
+
+def test_what_always_stalls_is_one_sentence(server: FileServer, served: str) -> None:
+    dataset = Dataset.open(served)
+    dataset.read(0)
+    dataset.patience, server.faults[:] = 0.1, ["stall"] * 200
+    said = r"bytes \d+ to \d+ of .*/set/clips-000000\.tar cannot be read \(its source stalled: .* try again$"
+    with pytest.raises(DatasetError, match=said):
+        dataset.read(1)
+    assert server.hung_up >= 4  # the last of five attempts may end after the error
+
+
+@pytest.mark.parametrize("of", ["dataset.json", "catalog.zarr/zarr.json", "offset/c/0/0"])
+def test_what_is_small_may_stall_too(server: FileServer, here: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_SMALL_FILE", 0)
+    monkeypatch.setenv("CMACC_PATIENCE_S", "0.3")
+    server.of = of
+    server.faults[:] = ["stall", "mute"]
+    url = f"{server.url}/set"
+    assert Dataset.open(url).read(1, check=True) == Dataset.open(here).read(1) and server.hung_up == 2
+    server.faults[:] = ["stall"] * 99
+    with pytest.raises(DatasetError, match=rf"({url}.* cannot be read|no catalog can be read at {url}).* stalled: .*; check"):
+        Dataset.open(url).read(1)
+
+
+@pytest.mark.parametrize("said", ["much", "-1", "0", "nan", "inf"])
+def test_patience_of_the_environment(here: Path, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMACC_PATIENCE_S", said)
+    with pytest.raises(DatasetError, match=f"CMACC_PATIENCE_S is '{said}'; give a number of seconds"):
+        Dataset.open(here)
+    assert pickle.loads(pickle.dumps(Dataset.open(here, patience=7.0))).patience == 7.0
+
+
+def test_a_file_system_that_cannot_cancel(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, never = fsspec.filesystem("memory"), threading.Event()
+    memory.put(f"{here}/", "/stalling/set/", recursive=True)
+    dataset = Dataset.open("memory://stalling/set")
+    dataset.read(0)
+    dataset.patience = 0.2
+    asked = []
+    monkeypatch.setattr(type(memory), "cat_file", lambda *_, **__: (asked.append(1), never.wait(60))[1])
+    with pytest.raises(DatasetError, match=r"clips-000000\.tar cannot be read \(its source stalled"):
+        dataset.read(1)
+    never.set()
+    memory.rm("/stalling", recursive=True)
+    assert len(asked) == 1  # a second one might use the same connection
+
+
+@pytest.mark.parametrize(("change", "sentence"), [(0, "is truncated"), (650, "is truncated"), (None, "is missing from")])
+def test_a_shard_that_goes_while_it_is_read(
+    server: FileServer, served: str, here: Path, change: int | None, sentence: str, tmp_path: Path
+) -> None:
+    shutil.copytree(here, tmp_path / "kept")
+    dataset, tar = Dataset.open(served), here / "clips-000000.tar"
+    dataset.ranges([(0, 0, 9), (1, 0, 9)])
+    server.asked.clear()
+    try:
+        os.truncate(tar, change) if change is not None else tar.unlink()
+        with pytest.raises(DatasetError, match=f"clips-000000.tar {sentence}"):
+            dataset.ranges([(0, 600, 700)])
+        assert len(server.asked) == (change is not None)  # once
+    finally:
+        shutil.copy(tmp_path / "kept" / "clips-000000.tar", tar)
+
+
+def test_what_is_gone_is_told_beside_what_stalls(server: FileServer, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = Dataset.open(f"{server.url}/set")
+    dataset.ranges([(0, 0, 9), (1, 0, 9)])
+    server.faults[:] = ["stall", "404"]
+    with pytest.raises(DatasetError, match=r"clips-00000[01]\.tar is missing from"):
+        dataset.ranges([(0, 0, 9), (1, 0, 9)])
+    assert not [m for m in caplog.messages if "did not come" in m]
+
+
+def test_a_web_server_without_ranges(server: FileServer, here: Path) -> None:
     dataset, local = Dataset.open(f"{server.url}/set"), Dataset.open(here)
     server.faults[:] = ["whole"] * 9
     assert dataset.read(1, check=True) == local.read(1)
     assert dataset.ranges([(0, 5, 700), (0, 80_000, 80_001)]) == local.ranges([(0, 5, 700), (0, 80_000, 80_001)])
 
 
-def test_a_shard_that_was_changed(server: Server, here: Path, tmp_path: Path) -> None:
+def test_a_shard_that_was_changed(server: FileServer, here: Path, tmp_path: Path) -> None:
     shutil.copytree(here, here.parent / "changed")
     for change, sentence in ((100, "is truncated or changed: 100 bytes"), (None, "is missing from")):
         tar = here.parent / "changed" / "clips-000001.tar"
@@ -261,7 +298,7 @@ def test_a_shard_that_was_changed(server: Server, here: Path, tmp_path: Path) ->
             Dataset.open(f"{server.url}/changed", Cache(tmp_path, 10**7, 4096)).ranges([(0, 0, 9), (1, 0, 9)])
 
 
-def test_neighbours_are_one_request(server: Server, here: Path) -> None:
+def test_neighbours_are_one_request(server: FileServer, here: Path) -> None:
     dataset = Dataset.open(f"{server.url}/set")
     dataset.read(0)
     server.asked.clear()

@@ -6,8 +6,6 @@ itself forbids any script but its own and any address outside it.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -21,29 +19,17 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.describe import describe, evenly, label_counts, split_counts
-from cmacc.shards.facts import facts_from_json
+from cmacc.shards.page.cards import captions, card, chips, look_at
 from cmacc.shards.page.charts import bars, clean, histogram
-from cmacc.shards.page.look import SCRIPT, STYLE
-from cmacc.shards.page.pictures import LONGEST_S, mel
-from cmacc.shards.page.preview import PICTURES, TEXT, Preview, kind_of, preview
+from cmacc.shards.page.document import document
 from cmacc.shards.place import public_address
 from cmacc.shards.publish import publish
 from cmacc.shards.query import matching
 
 _MEASURED = (("Duration", "seconds", "duration_s"), ("Loudness", "dBFS", "loudness_db"), ("Motion", "luma steps", "motion"))
-_CLIP_BYTES = 256 << 20  # a larger clip is not read
-_SHOWN = (*VIDEO, *AUDIO, *PICTURES, *TEXT, "json")
 _AT_ONCE = 4
-_CAPTIONS = 3  # shown; the others are folded
-_KHZ = (0.5, 1, 2, 4, 8, 16)
-_TICK = 0.13  # of a log-mel's height, the least from one of them to the next
-_ICON = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true"><path class="go" d="M8 5v14l11-7z"/>'
-    '<path class="halt" d="M6 5h4v14H6zm8 0h4v14h-4z"/></svg>'
-)
 
 
 def selection(dataset: Dataset, split: str | None = None, where: str | None = None) -> NDArray[np.int64]:
@@ -89,28 +75,13 @@ def write_page(
         )
     parts.append(f'<section class="sheet" aria-label="Clips">{"".join(cards)}</section>')
     page = Path(path)
-    publish(page, _document(_name(dataset), "".join(parts)).encode("utf-8", "replace"))
+    publish(page, document(_name(dataset), "".join(parts)).encode("utf-8", "replace"))
     return page
 
 
 def _drawn(rows: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     draws = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(len(rows))
     return np.sort(rows[np.argsort(draws, kind="stable")[:n]])
-
-
-def _document(title: str, body: str) -> str:
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body>{body}<script>{SCRIPT}</script></body></html>\n"
-    )
 
 
 # --- facts ---
@@ -197,8 +168,7 @@ def _size(count: int) -> str:
 
 def _card(dataset: Dataset, row: int) -> str:
     here, catalog = slice(row, row + 1), dataset.catalog
-    key = clean(str(catalog.texts("key", here)[0]), 300)
-    members, seen = _seen(dataset, row)
+    members, seen = look_at(dataset, row)
     numbers = {
         name: float(catalog.column(name, here)[0]) for name in ("duration_s", "loudness_db", "motion", "fps", "width", "height")
     }
@@ -210,105 +180,6 @@ def _card(dataset: Dataset, row: int) -> str:
         f"{numbers['width']:.0f} × {numbers['height']:.0f}": numbers["width"] > 0,
         f"{numbers['fps']:g} fps": numbers["fps"] > 0,
     }
-    split = clean(str(catalog.texts("split", here)[0]), 60)
-    chips = [f'<li class="split" dir="auto">{escape(split)}</li>'] if split else []
-    chips += [f'<li dir="auto">{escape(clean(label, 120))}</li>' for label in catalog.labels(here)[0]]
-    told = f'<span class="key">{escape(key)}</span>'
-    told += f'<ul class="chips">{"".join(chips)}</ul>' if chips else ""
+    told = chips(catalog.labels(here)[0], str(catalog.texts("split", here)[0]))
     told += f'<p class="numbers">{" · ".join(text for text, there in known.items() if there)}</p>'
-    told += "".join(f'<p class="trouble">{escape(clean(t[:1].upper() + t[1:], 400))}.</p>' for t in seen.troubles)
-    if seen.seconds >= LONGEST_S:
-        told += f'<p class="none">The first {LONGEST_S:.0f} s.</p>'
-    plays = seen.play is not None
-    attributes = f' data-seconds="{seen.seconds:.3f}"' if plays else ""
-    return (
-        f'<article class="card{" plays" if plays else ""}"{attributes}>{_stage(seen, key)}{_timeline(seen)}'
-        f'<div class="said">{told}{_captions(members)}</div></article>'
-    )
-
-
-def _seen(dataset: Dataset, row: int) -> tuple[dict[str, bytes], Preview]:
-    """The members of a clip that can be shown, and what is seen and heard of them; a clip that cannot be read raises nothing."""
-    catalog, here = dataset.catalog, slice(row, row + 1)
-    # not by Dataset.read, which wants the places of all clips: of ten million there would be 480 MB
-    places = np.stack([catalog.column("offset", here)[0], catalog.column("size", here)[0]], axis=1).tolist()
-    wanted = {m: (o, o + n) for m, (o, n) in zip(dataset.meta.members, places, strict=True) if n > 0 and kind_of(m) in _SHOWN}
-    count, shard = sum(b - a for a, b in wanted.values()), int(catalog.column("shard", here)[0])
-    if count > _CLIP_BYTES:
-        return {}, Preview(troubles=(f"it has {_size(count)}, too much for a page",))
-    try:
-        members = dict(zip(wanted, dataset.ranges([(shard, a, b) for a, b in wanted.values()]), strict=True))
-    except Exception as e:  # each kind of bucket has errors of its own
-        return {}, Preview(troubles=(f"it cannot be read: {e}",))
-    return members, preview(members)
-
-
-def _stage(seen: Preview, key: str) -> str:
-    poster = f"data:image/jpeg;base64,{_base64(seen.poster)}" if seen.poster else ""
-    if seen.play is None:
-        return f'<div class="stage"><img alt="" src="{poster}"></div>' if poster else ""
-    shown = f' poster="{poster}"' if poster else ""
-    return (
-        f'<div class="stage{"" if poster else " blind"}">'
-        f'<video preload="none" playsinline{shown} src="data:video/mp4;base64,{_base64(seen.play)}"></video>'
-        f'<button type="button" class="play" aria-label="Play {escape(key)}">{_ICON}</button>'
-        f'<span class="clock">{seen.seconds:.1f} s</span></div>'
-    )
-
-
-def _timeline(seen: Preview) -> str:
-    """Frames and log-mel over one axis of time, with the playhead over both."""
-    rows = ""
-    if seen.strip:
-        width = 100 * seen.video_s / seen.seconds
-        rows += (
-            f'<div class="strip"><img alt="" style="width:{width:.2f}%" src="data:image/jpeg;base64,{_base64(seen.strip)}"></div>'
-        )
-    if seen.mel:
-        top, ticks, last = mel(seen.rate / 2), "", 0.0
-        for khz in _KHZ:
-            place = mel(1000 * khz) / top
-            if last + _TICK <= place <= 1 - _TICK / 2:
-                ticks, last = f'{ticks}<i style="bottom:{100 * place:.1f}%">{khz:g} kHz</i>', place
-        width = 100 * seen.sound_s / seen.seconds
-        picture = f'<img alt="log-mel spectrogram" style="width:{width:.2f}%" src="data:image/png;base64,{_base64(seen.mel)}">'
-        rows += f'<div class="mel" title="log-mel, 0 to {seen.rate / 2000:g} kHz, the loudest 80 dB">{picture}{ticks}</div>'
-    head = '<div class="head"></div>' if seen.play is not None else ""
-    return f'<div class="time">{rows}{head}</div>' if rows else ""
-
-
-def _captions(members: dict[str, bytes]) -> str:
-    lines = [
-        f'<li dir="auto">{f"<b>{at}</b>" if at else ""}{escape(clean(text, 400))}</li>'
-        for at, text in _spoken(members)
-        if text.strip()
-    ]
-    if not lines:
-        return ""
-    rest = "".join(lines[_CAPTIONS:500])
-    folded = f"<details><summary>{_many(len(lines) - _CAPTIONS, 'more caption')}</summary>" if rest else ""
-    first = f'<ul class="captions">{"".join(lines[:_CAPTIONS])}</ul>'
-    return f'{first}{folded}<ul class="captions">{rest}</ul></details>' if rest else first
-
-
-def _spoken(members: dict[str, bytes]) -> Iterator[tuple[str, str]]:
-    """Captions with their times: of our json member, or whatever another's says in words."""
-    for member, data in members.items():
-        if kind_of(member) in TEXT:
-            yield "", data[:4000].decode("utf-8", "replace")
-    if not (data := members.get("json", b"")):
-        return
-    try:
-        for a, b, text in facts_from_json(data).captions:
-            yield f"{a:.1f}–{b:.1f} s", text
-    except ValueError:
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError):
-            return
-        if isinstance(found, dict):
-            yield from (("", found[name]) for name in ("caption", "text", "title") if isinstance(found.get(name), str))
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return card(seen, clean(str(catalog.texts("key", here)[0]), 300), told, captions(members))

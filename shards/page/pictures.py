@@ -31,7 +31,7 @@ _HOP_S = 0.01
 _RANGE_DB = 80.0
 _FLOOR = 1e-10
 # by name, so that no playlist is opened, which could name files and addresses of its own
-_FORMATS = {"format_whitelist": "mov,matroska,avi,flac,ogg,wav,mp3"}
+_FORMATS = {"format_whitelist": "mov,matroska,avi,flac,ogg,wav,mp3,mpeg,mpegts,flv,asf"}
 _COLOURS = ((10, 10, 30), (52, 28, 98), (125, 36, 118), (198, 58, 92), (240, 120, 60), (252, 190, 90), (255, 244, 200))
 
 
@@ -47,7 +47,7 @@ class Sound(NamedTuple):
 
 
 def open_media(data: bytes) -> InputContainer:
-    """The bytes of a media file as PyAV has it; MP4, Matroska, WebM, AVI, FLAC, Ogg, WAV and MP3 are known."""
+    """The bytes of a media file as PyAV has it; MP4, Matroska, WebM, AVI, MPEG, FLV, ASF, FLAC, Ogg, WAV and MP3 are known."""
     return av.open(io.BytesIO(data), "r", container_options=_FORMATS)
 
 
