@@ -15,25 +15,26 @@ from cmacc.shards.dataset import Dataset
 from cmacc.shards.profile import Profile
 from cmacc.shards.writer import DatasetWriter
 from cmacc.train.config import OptimiserConfig, PretrainConfig
-from cmacc.train.encoders import EncoderConfig
-from cmacc.train.loader import LoaderConfig
-from cmacc.train.objective import ObjectiveConfig
-from cmacc.train.views import ViewConfig
+from cmacc.train.contrast.objective import ObjectiveConfig
+from cmacc.train.loading.loader import LoaderConfig
+from cmacc.train.loading.views import ViewConfig
+from cmacc.train.networks.encoders import EncoderConfig
+from cmacc.train.running.checkpointer import CheckpointConfig
 
 # Two cores are shared with others; and sums taken by other numbers of threads differ in their last bits.
 torch.set_num_threads(1)
 
-VIEW = ViewConfig(frames=4, view_s=0.5, size=24, audio_rate=8000, n_fft=256, hop=128, n_mels=16, mel_high_hz=4000.0)
+VIEW = ViewConfig(frames=4, view_s=0.5, size=24, audio_rate=8000, n_fft=256, window=256, hop=128, n_mels=16, mel_high_hz=4000.0)
 LOADER = LoaderConfig(batch=4, device="cpu", threads=2, ahead=1, streams=2, window=8)
 TINY = PretrainConfig(
     steps=12,
     log_every=1,
     eval_every=6,
-    checkpoint_every=3,
+    checkpoint=CheckpointConfig(steps=3, minutes=0),
     view=VIEW,
     loader=LOADER,
     encoders=EncoderConfig(video="small", audio="small", width=16, hidden=16),
-    objective=ObjectiveConfig(dictionary=10, pool=32, tau=0.2, momentum=0.9, share=1.0),
+    objective=ObjectiveConfig(dictionary=10, candidates=32, tau=0.2, momentum=0.9, share=1.0),
     optimiser=OptimiserConfig(rate=1e-3, warmup=3, cosine=True, weight_decay=1e-4),
 )
 TRAIN_CLIPS, EVAL_CLIPS = 16, 6
