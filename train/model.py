@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cmacc.train.encoders import EncoderConfig, build_encoders
-from cmacc.train.loader import Batch
-from cmacc.train.momentum import key_encoder, momentum_update
-from cmacc.train.objective import Contrast, Memory, ObjectiveConfig, after_step, contrast
-from cmacc.train.rings import Entries
+from cmacc.train.contrast.objective import Memory, ObjectiveConfig
+from cmacc.train.networks.encoders import Encoder, EncoderConfig, build_encoders
+from cmacc.train.networks.momentum import key_encoder, momentum_update
 
 
 class CrossModal(nn.Module):
@@ -22,26 +20,34 @@ class CrossModal(nn.Module):
         self.key_video, self.key_audio = key_encoder(self.video), key_encoder(self.audio)
         self.memory = Memory(objective, encoders.width)
 
-    def learned(self) -> list[nn.Parameter]:
-        return [*self.video.parameters(), *self.audio.parameters()]
+    def learned(self) -> dict[str, nn.Parameter]:
+        """By the names of `state_dict`."""
+        return {name: p for name, p in self.named_parameters() if name.startswith(("video.", "audio."))}
 
-    def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Contrast, Tensor, Tensor, Entries, Entries]:
-        """Steps 1 to 3 of METHOD: queries (M, d) with gradient, keys without, selection, loss."""
-        q_video, q_audio = self.video(batch.video), self.audio(batch.audio)
-        if self.objective.uses_keys:
-            with torch.no_grad():
-                keys = self.key_video(batch.video), self.key_audio(batch.audio)
-        else:
-            keys = q_video, q_audio
-        born = torch.full_like(batch.ids, step)
-        k_video, k_audio = (Entries(k, batch.ids, batch.sources, batch.labels, born) for k in keys)
-        result = contrast(q_video, q_audio, k_video, k_audio, self.memory, self.objective, step, generator)
-        return result, q_video, q_audio, k_video, k_audio
+    def encoders(self) -> dict[str, Encoder]:
+        return {name: getattr(self, name) for name in ("video", "audio", "key_video", "key_audio")}
+
+    def statistics(self) -> list[Tensor]:
+        """Running statistics of all BatchNorms: what a forward pass changes."""
+        return [buffer for encoder in self.encoders().values() for buffer in encoder.buffers() if buffer.is_floating_point()]
 
     @torch.no_grad()
-    def after_step(self, result: Contrast, k_video: Entries, k_audio: Entries) -> None:
-        """Steps 4 and 5 of METHOD: move the key encoders, let the batch's keys into dictionaries and pools."""
+    def move_keys(self) -> None:
+        """Step 4 of METHOD: theta_k <- m theta_k + (1 - m) theta_q."""
         if self.objective.uses_keys:
             momentum_update(self.key_video, self.video, self.objective.momentum)
             momentum_update(self.key_audio, self.audio, self.objective.momentum)
-            after_step(self.memory, result, k_video, k_audio)
+
+
+class Both(nn.Module):
+    """Two encoders as one module with one forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, video: Encoder, audio: Encoder) -> None:
+        super().__init__()
+        self.video, self.audio = video, audio
+
+    def forward(self, video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Unit vectors (m, d) of pictures and sounds, then the inputs (m, h) of the two heads' last layers."""
+        unit_video, last_video = self.video.project(self.video.features(video))
+        unit_audio, last_audio = self.audio.project(self.audio.features(audio))
+        return unit_video, unit_audio, last_video, last_audio
