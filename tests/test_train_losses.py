@@ -9,9 +9,9 @@ import pytest
 import torch
 from train_data import unit
 
-from cmacc.train.losses import info_nce
-from cmacc.train.objective import Memory, ObjectiveConfig, contrast
-from cmacc.train.rings import Entries
+from cmacc.train.contrast.losses import info_nce
+from cmacc.train.contrast.objective import Memory, ObjectiveConfig, Queries, choose, contrast
+from cmacc.train.contrast.rings import Entries
 
 
 def oracle(
@@ -86,7 +86,7 @@ def test_a_blind_encoder_scores_chance_and_is_never_right(batch: bool) -> None:
 @pytest.mark.parametrize("negatives", ["dictionary", "batch+dictionary", "batch"])
 def test_both_directions_meet_the_other_modality(negatives: str) -> None:
     """L = L_va(q_v, k_a, D_a) + L_av(q_a, k_v, D_v); empty slots and entries of the query's own source never count."""
-    config = ObjectiveConfig(negatives=negatives, queue="fifo", dictionary=7, pool=5, tau=0.3)
+    config = ObjectiveConfig(negatives=negatives, selector="fifo", dictionary=7, candidates=5, tau=0.3)
     q_video, q_audio, k_video, k_audio, d_video, d_audio = (unit(n, 8, seed=n + s) for s, n in enumerate((4, 4, 4, 4, 6, 6)))
     sources = torch.tensor([10, 11, 12, 10])
 
@@ -97,10 +97,12 @@ def test_both_directions_meet_the_other_modality(negatives: str) -> None:
     there = torch.tensor([20, 11, 21, 10, 10, 22])
     if negatives == "batch":
         d_video, d_audio, there = d_video[:0], d_audio[:0], there[:0]
-    memory.dictionary_video.enqueue(entries(d_video, [50, 51, 52, 53, 54, 55][: len(there)], there))
-    memory.dictionary_audio.enqueue(entries(d_audio, [50, 51, 52, 53, 54, 55][: len(there)], there.flip(0)))
+    else:
+        memory.dictionary_video.enqueue(entries(d_video, [50, 51, 52, 53, 54, 55], there))
+        memory.dictionary_audio.enqueue(entries(d_audio, [50, 51, 52, 53, 54, 55], there.flip(0)))
     k_v, k_a = entries(k_video, [0, 1, 2, 3], sources), entries(k_audio, [0, 1, 2, 3], sources)
-    result = contrast(q_video, q_audio, k_v, k_a, memory, config, 0, torch.Generator())
+    queries = Queries(q_video, q_audio)
+    result = contrast(queries, k_v, k_a, memory, config, choose(queries, k_v, k_a, memory, config, 0, torch.Generator()))
     batch = negatives != "dictionary"
     v = oracle(q_video, k_audio, negatives_of(k_audio, d_audio, sources[:, None] != there.flip(0), batch), 0.3)
     a = oracle(q_audio, k_video, negatives_of(k_video, d_video, sources[:, None] != there, batch), 0.3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmacc.train.rings import EMPTY, Entries, Ring
+from cmacc.train.contrast.rings import EMPTY, Entries, Ring, isin, newest
 
 
 class Slot(NamedTuple):
@@ -110,6 +110,33 @@ def test_dtypes_stay() -> None:
     ring.enqueue(to_entries([Slot((0.5, 0.25), 1, 0, 0, 0)])._replace(keys=torch.tensor([[0.5, 0.25]], dtype=torch.bfloat16)))
     assert ring.entries.keys.dtype == torch.float32
     assert ring.entries.keys[0].tolist() == [0.5, 0.25]
+
+
+def test_what_is_dropped_leaves_no_trace() -> None:
+    """State is compared between ranks, and saved: nothing of an entry that was passed over may be in it."""
+    ring, new = Ring(3, 2), to_entries([Slot((0.5, 0.25), name, 0, 0, 0) for name in (1, -1, 2)])
+    new.keys[1] = float("nan")
+    ring.enqueue(new)
+    other = Ring(3, 2)
+    other.enqueue(new.take(torch.tensor([0, 2])))
+    for name, values in ring.state_dict().items():
+        assert torch.equal(values, other.state_dict()[name])
+
+
+def test_sets_of_clips() -> None:
+    ids = torch.tensor([3, -1, 5, 3, 7, -1, 5])
+    assert newest(ids).tolist() == [False, False, False, True, True, False, True]
+    for few in ([5, 9, -1], [1], []):
+        assert torch.equal(isin(ids, torch.tensor(few, dtype=torch.int64)), torch.isin(ids, torch.tensor(few, dtype=torch.int64)))
+
+
+def test_clearing() -> None:
+    ring = Ring(3, 2)
+    ring.enqueue(to_entries([Slot((0.5, 0.25), name, 0, 0, 0) for name in (1, 2)]))
+    ring.clear()
+    assert not ring.filled.any()
+    ring.enqueue(to_entries([Slot((0.5, 0.25), 3, 0, 0, 0)]))
+    assert ring.entries.ids.tolist() == [3, EMPTY, EMPTY]
 
 
 def test_a_ring_of_nothing_is_refused() -> None:

@@ -35,7 +35,7 @@ def info_nce(
     else:
         matched = (query * positive).sum(1, keepdim=True)
         target = torch.zeros_like(rows)
-    logits = torch.cat([matched, (query @ negatives.T).masked_fill(~allowed, -math.inf)], 1).float() / tau
+    logits = torch.cat([matched, (query @ negatives.T).masked_fill_(~allowed, -math.inf)], 1).float().div_(tau)
     scores = logits.detach()
     terms = matched.shape[1] + allowed.sum(1)
     return LossParts(

@@ -26,9 +26,29 @@ class Entries(NamedTuple):
     def take(self, index: Tensor) -> Entries:
         return Entries(*(t[index] for t in self))
 
+    def first(self, count: int) -> Entries:
+        return Entries(*(t[:count] for t in self))
+
+    def only(self, these: Tensor) -> Entries:
+        """All rows, but those where `these` (n,) is False named empty, so that no ring takes them."""
+        return self._replace(ids=self.ids.where(these, EMPTY))
+
     @classmethod
     def join(cls, *parts: Entries) -> Entries:
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def isin(values: Tensor, few: Tensor) -> Tensor:
+    """(n,) bool: which of `values` (n,) are among `few` (m,). Sorts the few alone, where torch.isin may sort both."""
+    if not len(few):
+        return torch.zeros_like(values, dtype=torch.bool)
+    ordered = few.sort().values
+    return ordered[torch.searchsorted(ordered, values.contiguous()).clamp_max_(len(few) - 1)] == values
+
+
+def newest(ids: Tensor) -> Tensor:
+    """(n,) bool: the last row of each clip, where there is one at all."""
+    return (ids != EMPTY) & ~(ids[:, None] == ids).triu(1).any(1)
 
 
 class Ring(nn.Module):
@@ -50,7 +70,7 @@ class Ring(nn.Module):
             raise ValueError(f"a ring of {size} entries cannot hold keys; give 1 or more")
         self.size, self.unique = size, unique
         # One slot more than the size: entries to be dropped are written there, so that no shape depends on the data.
-        self.register_buffer("keys", torch.zeros(size + 1, width))
+        self.register_buffer("keys", torch.zeros(size + 1, width).index_fill_(0, torch.tensor(size), EMPTY))
         for name in ("ids", "sources", "labels", "born"):
             self.register_buffer(name, torch.full((size + 1,), EMPTY, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
@@ -66,13 +86,18 @@ class Ring(nn.Module):
         return self.ids[: self.size] != EMPTY
 
     @torch.no_grad()
+    def clear(self) -> None:
+        self.ids.fill_(EMPTY)
+        self.cursor.zero_()
+
+    @torch.no_grad()
     def enqueue(self, new: Entries) -> None:
         """Write `new` behind the cursor, in order, passing over entries whose id is -1. Of more than `size` the last stay."""
         keep = new.ids != EMPTY
         if self.unique:
             # The older key of a clip leaves a hole, which the cursor fills when it comes round.
-            self.ids.masked_fill_(torch.isin(self.ids, new.ids), EMPTY)
-            keep &= ~(new.ids[:, None] == new.ids[None, :]).triu(1).any(1)
+            self.ids.masked_fill_(isin(self.ids, new.ids), EMPTY)
+            keep = newest(new.ids)
         rank = keep.long().cumsum(0) - 1
         total = keep.sum()
         # When more come than there are slots, two writes would meet in one slot, and their order is not defined.
@@ -80,5 +105,5 @@ class Ring(nn.Module):
         slot = torch.where(keep, (self.cursor + rank) % self.size, self.size)
         for buffer, values in zip((self.keys, self.ids, self.sources, self.labels, self.born), new, strict=True):
             buffer[slot] = values.to(buffer.dtype)
-        self.ids[self.size] = EMPTY
+            buffer[self.size] = EMPTY  # what was dropped may be anything, and differ from rank to rank
         self.cursor.copy_((self.cursor + total) % self.size)
