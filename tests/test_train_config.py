@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from train_data import TINY
 
+from cmacc.shards.options import meanings
 from cmacc.train.config import (
     FREE_TO_CHANGE,
+    OTHER_NAMES,
     RECIPES,
     PretrainConfig,
     change,
@@ -34,9 +36,10 @@ def test_the_papers_settings() -> None:
     """METHOD.md: M=128, K=30 M, N=300 M, m=.999, tau=.7, Adam 1e-3 after 500 warm-up steps, 16 frames of 112^2, 80 bands."""
     flat = flatten(to_json(recipe("paper")))
     settings = {
-        "loader.batch": 128, "objective.dictionary": 30 * 128, "objective.pool": 300 * 128, "objective.momentum": 0.999,
-        "objective.tau": 0.7, "objective.negatives": "dictionary", "objective.queue": "active", "optimiser.rate": 1e-3,
+        "loader.batch": 128, "objective.dictionary": 30 * 128, "objective.candidates": 300 * 128, "objective.momentum": 0.999,
+        "objective.tau": 0.7, "objective.negatives": "dictionary", "objective.selector": "kmeans++", "optimiser.rate": 1e-3,
         "optimiser.warmup": 500, "view.frames": 16, "view.size": 112, "view.n_mels": 80, "encoders.video": "r3d_18",
+        "encoders.audio": "resnet18_1d", "objective.pool": "fifo", "objective.share": 1.0,
     }  # fmt: skip
     assert {name: flat[name] for name in settings} == settings
     assert 0.07 <= flat["objective.pseudo_tau"] <= 0.2
@@ -45,7 +48,7 @@ def test_the_papers_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [("steps", "7", 7), ("objective.tau", "0.5", 0.5), ("objective.tau", "1", 1.0), ("optimiser.cosine", "true", True),
-     ("optimiser.cosine", "0", False), ("objective.queue", "fifo", "fifo"), ("split", "", ""), ("loader.device", "cpu", "cpu"),
+     ("optimiser.cosine", "0", False), ("objective.selector", "fifo", "fifo"), ("split", "", ""), ("loader.device", "cpu", "cpu"),
      ("view.view_s", "2", 2.0), ("encoders.audio", "resnet18", "resnet18"), ("optimiser.rate", "3e-4", 3e-4)],
 )  # fmt: skip
 def test_change_takes_text(name: str, text: str, value: object) -> None:
@@ -58,9 +61,86 @@ def test_change_takes_text(name: str, text: str, value: object) -> None:
     assert change(TINY, {name: value}) == change(TINY, {name: text})
 
 
+def test_the_compared_backbone() -> None:
+    before, after = (flatten(to_json(recipe(name))) for name in ("paper", "paper-r2plus1d"))
+    assert {name for name in before if before[name] != after[name]} == {"encoders.video"}
+    assert after["encoders.video"] == "r2plus1d_18"
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_other_names(name: str) -> None:
+    """`cmacc pretrain --recipe paper --set train.batch=64`."""
+    assert change(TINY, {name: 64}) == change(TINY, {OTHER_NAMES[name]: 64}) != TINY
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train.momentum", "objective.momentum"),
+        ("batch", "loader.batch"),
+        ("optimiser.weight_decay_rate", "optimiser.weight_decay"),
+        ("objective.temperature", "objective.tau"),
+        ("temperature", "objective.tau"),
+        ("train.batch_size", "loader.batch"),
+        ("lr", "optimiser.rate"),
+        ("optimizer.rate", "optimiser.rate"),
+        ("objective.tua", "objective.tau"),
+        ("objectiv.dictionary", "objective.dictionary"),
+        ("stepz", "steps"),
+    ],
+)
+def test_an_unknown_option_says_what_is_meant(name: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"^there is no option .*; did you mean {meant}\?$"):
+        change(TINY, {name: "5"})
+
+
+def test_an_unknown_option_like_none() -> None:
+    """Or one whose name several groups have: then what there is."""
+    with pytest.raises(ValueError, match=r"^there is no option objective\.zebra; objective has negatives, selector, "):
+        change(TINY, {"objective.zebra": "5"})
+    assert {n.partition(".")[0] for n in flatten(to_json(TINY)) if n.endswith(".warmup")} == {"optimiser", "alarm"}
+
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "objective.pool is fresh, but objective.selector=fifo picks nothing": {
+        "objective.pool": "fresh",
+        "objective.selector": "fifo",
+    },
+    "objective.pool is epoch, but objective.negatives=batch has no": {"objective.pool": "epoch", "objective.negatives": "batch"},
+    "objective.pool is fresh, but nothing is picked": {"objective.pool": "fresh", "objective.share": 0.0},
+    "objective.repeats is false, and a pool of 10": {"objective.repeats": False, "objective.candidates": 10},
+    "compute.batchnorm is shuffled": {"compute.batchnorm": "shuffled", "objective.negatives": "batch"},
+    "compute.batchnorm is sync": {"compute.batchnorm": "sync", "encoders.norm": "group"},
+    "encoders.bands is 80, but view.n_mels is 16": {"encoders.audio": "resnet18_1d"},
+    "loader.batch is 1": {"loader.batch": 1, "objective.negatives": "batch"},
+}
+
+
+@pytest.mark.parametrize("sentence", IMPOSSIBLE)
+def test_what_goes_not_together(sentence: str) -> None:
+    """Each alone is possible."""
+    with pytest.raises(ValueError, match=rf"^{sentence}.*; (give|use|leave) ") as raised:
+        change(TINY, IMPOSSIBLE[sentence])
+    assert "\n" not in str(raised.value)
+    for name, value in IMPOSSIBLE[sentence].items():
+        if len(IMPOSSIBLE[sentence]) > 1:
+            change(TINY, {name: value})
+
+
+def test_every_option_is_explained() -> None:
+    """What its owner's docstring says, for `cmacc recipes`."""
+    told = meanings(PretrainConfig)
+    assert list(told) == list(flatten(to_json(TINY)))
+    assert told["objective.tau"] == "temperature of the loss."
+    assert told["loader.batch"] == "clips a step, over all ranks."
+    assert told["alarm.patience"].startswith("log lines in a row")
+    untold = {name for name, text in told.items() if not text}
+    assert untold <= {"objective.share_start", "objective.share_ramp"}  # told with objective.share
+
+
 def test_several_changes() -> None:
-    config = change(TINY, {"objective.tau": "0.5", "objective.pool": 99, "seed": "4"})
-    assert (config.objective.tau, config.objective.pool, config.seed) == (0.5, 99, 4)
+    config = change(TINY, {"objective.tau": "0.5", "objective.candidates": 99, "seed": "4"})
+    assert (config.objective.tau, config.objective.candidates, config.seed) == (0.5, 99, 4)
 
 
 WRONG = {
@@ -75,7 +155,7 @@ WRONG = {
     "not whole": ("steps", "1.5"),
     "nothing": ("steps", None),
     "not yes or no": ("optimiser.cosine", "maybe"),
-    "not a choice": ("objective.queue", "lifo"),
+    "not a choice": ("objective.selector", "lifo"),
     "not a backbone": ("encoders.video", "vit"),
     "a dict": ("steps", {"a": 1}),
     "a dict in a dict": ("objective.tau", {"x": {"y": 1}}),
@@ -114,7 +194,7 @@ def test_damaged_json_is_one_sentence(data: Any) -> None:
 
 
 def test_an_unknown_recipe() -> None:
-    with pytest.raises(ValueError, match=r"recipe 'huge' is not known; use one of paper, small"):
+    with pytest.raises(ValueError, match=r"recipe 'huge' is not known; use one of paper, paper-r2plus1d, small-cpu, demo"):
         recipe("huge")
 
 

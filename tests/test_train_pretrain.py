@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_data import EVAL_CLIPS, TINY, clips, with_members, write_dataset
 
-from cmacc.train.checkpoint import load_checkpoint
+from cmacc.shards.place import place
 from cmacc.train.config import PretrainConfig, change, from_json, to_json
-from cmacc.train.metrics import MetricsLog
-from cmacc.train.picture import draw_run
 from cmacc.train.pretrain import final_numbers, pretrain
+from cmacc.train.report.picture import draw_run
+from cmacc.train.running.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_folder,
+    latest,
+    load,
+    point,
+    remove,
+    under,
+    write,
+)
+from cmacc.train.running.metrics import MetricsLog
 
 CHILD = """
 import json, sys, time
@@ -57,29 +69,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert pretrain(data, run, TINY) == run / "checkpoints" / "step-00000012.pt"
+    assert pretrain(data, run, TINY) == str(run / "checkpoints" / "step-00000012.safetensors")
     return run
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     """Its metrics without the clock's."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
+    clock = ("speed/", "memory/", "selection/seconds", "selection/share")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
 
 
 def assert_same(run: Path, whole: Path) -> None:
     """The same numbers in the log, and the same bits in the last checkpoint."""
     assert records(run) == records(whole)
-    a, b = (load_checkpoint(sorted((r / "checkpoints").glob("step-*.pt"))[-1]) for r in (run, whole))
-    assert a["step"] == b["step"]
-    assert a["model"].keys() == b["model"].keys()
-    for name, tensor in a["model"].items():
-        if not name.endswith(".keys"):
-            assert torch.equal(tensor, b["model"][name]), name
-    for name in ("dictionary_video", "dictionary_audio", "pool_video", "pool_audio"):
-        assert torch.equal(a["model"][f"memory.{name}.keys"][:-1], b["model"][f"memory.{name}.keys"][:-1])
-    for i, moments in a["optimiser"]["state"].items():
-        assert all(torch.equal(value, b["optimiser"]["state"][i][name]) for name, value in moments.items())
+    a, b = (last_of(r) for r in (run, whole))
+    assert (a.step, a.facts) == (b.step, b.facts)
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        shown = slice(None, -1) if name.endswith(".keys") else ...  # what lies in the slot for dropped entries means nothing
+        assert torch.equal(tensor[shown], b.tensors[name][shown]), name
+    assert {name.split(".")[1] for name in a.tensors if name.startswith("optimiser.")} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def last_of(run: Path) -> Checkpoint:
+    address = latest(checkpoint_folder(run))
+    assert address
+    return load(address)
 
 
 def test_metrics_are_complete_and_finite(whole: Path) -> None:
@@ -111,16 +127,19 @@ def test_everything_learns_and_the_rate_follows_its_schedule(data: str, whole: P
     rates = [record["optimiser/rate"] for record in records(whole) if "optimiser/rate" in record]
     assert rates[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
     assert rates[3:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * i / 9)) for i in range(9)])
-    last, earlier = (load_checkpoint(whole / "checkpoints" / f"step-{n:08d}.pt")["model"] for n in (12, 9))
+    last, earlier = (under("model", load(whole / "checkpoints" / f"step-{n:08d}.safetensors").tensors) for n in (12, 9))
     learning = [name for name in last if name.endswith((".weight", ".bias"))]
     assert {name.split(".")[0] for name in learning} == {"video", "audio", "key_video", "key_audio"}
     assert not [name for name in learning if torch.equal(last[name], earlier[name])]
 
 
 def test_what_a_run_leaves(data: str, whole: Path) -> None:
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["latest", "step-00000009.pt", "step-00000012.pt"]
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
+        "latest",
+        *(f"step-{step:08d}.{kind}" for step in (9, 12) for kind in ("json", "safetensors")),
+    ]
     saved = json.loads((whole / "config.json").read_text())
-    assert saved.pop("data") == data
+    assert saved.pop("data") == [data]
     assert from_json(saved) == TINY
     assert not (whole / "quarantine.jsonl").exists()
     numbers = final_numbers(whole)
@@ -143,9 +162,7 @@ def assert_tensorboard(run: Path) -> None:
 
 def test_a_finished_run_is_left_as_it_is(data: str, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    assert (
-        pretrain(data, whole, TINY, report=lambda *_: pytest.fail("it trains on")) == whole / "checkpoints" / "step-00000012.pt"
-    )
+    assert pretrain(data, whole, TINY, report=lambda *_: pytest.fail("it trains on")) == last_of(whole).address
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
@@ -197,7 +214,7 @@ def test_killed_and_begun_again(data: str, whole: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_killed_twenty_times(data: str, tmp_path: Path) -> None:
     """At any moment: while it starts, inside a step, inside a checkpoint."""
-    config = change(TINY, {"steps": 120, "checkpoint_every": 2, "eval_every": 20})
+    config = change(TINY, {"steps": 120, "checkpoint.steps": 2, "eval_every": 20})
     pretrain(data, tmp_path / "whole", config)
     rng, run = np.random.default_rng(), tmp_path / "run"
     for kill in range(20):
@@ -227,7 +244,7 @@ def test_a_kill_before_the_first_checkpoint(data: str, whole: Path, tmp_path: Pa
 
 def test_logging_and_checkpoints_change_nothing(data: str, whole: Path, tmp_path: Path) -> None:
     """What is free to change: the same numbers at the steps that are logged."""
-    free = {"log_every": 4, "eval_every": 5, "checkpoint_every": 12, "loader.threads": 1, "loader.ahead": 3}
+    free = {"log_every": 4, "eval_every": 5, "checkpoint.steps": 12, "loader.threads": 1, "loader.ahead": 3}
     pretrain(data, tmp_path, change(TINY, free))
     found, every = ({r["step"]: r for r in records(run) if "loss/total" in r} for run in (tmp_path, whole))
     assert found == {step: every[step] for step in (4, 8, 12)}
@@ -242,6 +259,56 @@ def test_a_changed_option_is_refused(data: str, whole: Path, name: str) -> None:
     assert sorted((p, p.read_bytes()) for p in whole.rglob("*") if p.is_file()) == before
 
 
+def saved_as(whole: Path, run: Path, config: dict[str, Any] | None = None, facts: dict[str, Any] | None = None) -> Path:
+    """A copy of a run whose last checkpoint says other things, as another version would have saved it."""
+    shutil.copytree(whole, run)
+    found = last_of(run)
+    said = {**found.facts, "config": found.facts["config"] if config is None else config, **(facts or {})}
+    there = place(checkpoint_folder(run))
+    remove(there, found.step)
+    point(there, write(there, found.step, found.tensors, json.dumps(said), {"keeping": {}}))
+    return run
+
+
+def test_a_checkpoint_of_a_version_that_had_fewer_options(data: str, whole: Path, tmp_path: Path) -> None:
+    """What it could not say has its default, with which this version computes the same."""
+    config = to_json(TINY)
+    del config["eval_minutes"], config["objective"]["age_limit"], config["view"]["second"]
+    run = saved_as(whole, tmp_path / "run", config)
+    assert pretrain(data, run, TINY) == last_of(run).address
+    with pytest.raises(ValueError, match=r"was begun with view.second='none', not 'same'"):
+        pretrain(data, run, change(TINY, {"view.second": "same"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "reason"),
+    [
+        ({"objective.reheat": 3}, {}, "there is no option objective.reheat"),
+        ({}, {"alarm": {"sleepy": 1}}, "sleepy"),
+        ({}, {"config": 3}, "items"),
+        ({"encoders.width": 8}, {}, "size mismatch"),
+    ],
+)
+def test_a_checkpoint_of_another_version(
+    data: str, whole: Path, tmp_path: Path, config: dict[str, Any], facts: dict[str, Any], reason: str
+) -> None:
+    """One sentence that says who wrote it; nothing is lost."""
+    said, other = to_json(TINY), TINY
+    for name, value in config.items():
+        group, _, option = name.partition(".")
+        said[group][option] = value
+        other = change(TINY, config) if option == "width" else TINY
+    run = saved_as(whole, tmp_path / "run", said, facts)
+    before = sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file())
+    sentence = (
+        rf"{run} holds what this version of cmacc does not take \(.*{reason}.*\); go on with the one that wrote it, cmacc 0"
+    )
+    with pytest.raises(CheckpointError, match=sentence) as raised:
+        pretrain(data, run, other)
+    assert "\n" not in str(raised.value)
+    assert sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file()) == before
+
+
 def test_a_changed_data_set_is_refused(whole: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "data", clips()[1:]).url
     with pytest.raises(ValueError, match="has changed since this run's checkpoint"):
@@ -253,34 +320,31 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """It names the step and its clips, keeps the last checkpoint, and takes no step with that gradient."""
-    from cmacc.train.model import CrossModal
+    from cmacc.train.step import TrainingStep
 
-    forward, seen = CrossModal.forward, []
+    call, seen = TrainingStep.__call__, []
 
-    def spoilt(self: CrossModal, batch: Any, step: int, generator: torch.Generator) -> Any:
+    def spoilt(self: TrainingStep, batch: Any, step: int, *more: Any) -> Any:
         seen.append(batch.ids.tolist())
         if step == after:
             batch.audio[0, 0, 0, 0] = math.nan
-        return forward(self, batch, step, generator)
+        return call(self, batch, step, *more)
 
-    monkeypatch.setattr(CrossModal, "forward", spoilt)
+    monkeypatch.setattr(TrainingStep, "__call__", spoilt)
     with pytest.raises(
-        FloatingPointError, match=rf"^the gradient is not finite at step {after} \(clips .*\); .*: lower "
+        FloatingPointError, match=rf"^loss/.* are not finite at step {after} \(clips .*\): nothing was updated by it; .*lower "
     ) as raised:
         pretrain(data, tmp_path, TINY)
     keys = [clip.key for clip in clips()]
     assert ", ".join(keys[i] for i in seen[-1]) in str(raised.value)
-    checkpoints = tmp_path / "checkpoints"
-    assert checkpoints.exists() == (after > 0)
-    if after:
-        state = load_checkpoint(checkpoints / (checkpoints / "latest").read_text())
-        assert state["step"] == 3
-        assert all(t.isfinite().all() for t in state["model"].values())
+    saved = last_of(tmp_path)
+    assert saved.step == (3 if after else 0)
+    assert all(t.isfinite().all() for t in saved.tensors.values())
     assert [record["step"] for record in records(tmp_path)] == list(range(after + 1))
 
 
 def test_a_rate_beyond_reason_stops_the_run(data: str, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"the gradient is not finite at step [1-9]"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step [1-9]"):
         pretrain(data, tmp_path, change(TINY, {"optimiser.rate": 1e30, "optimiser.warmup": 0}))
 
 
@@ -302,8 +366,8 @@ def test_bad_clips_are_put_down(tmp_path: Path) -> None:
     "changes",
     [
         {"objective.negatives": "batch"},
-        {"objective.queue": "fifo"},
-        {"objective.queue": "uniform"},
+        {"objective.selector": "fifo"},
+        {"objective.selector": "random"},
         {"objective.negatives": "batch+dictionary", "objective.form": "prototype", "view.frames": 3},
     ],
 )
@@ -312,7 +376,7 @@ def test_other_forms_train(data: str, tmp_path: Path, changes: dict[str, Any]) -
     found = records(tmp_path)
     assert all(math.isfinite(value) for record in found for value in record.values())
     picks = [record["selection/picked"] for record in found if "selection/picked" in record]
-    expected = [0] * 6 if changes.get("objective.queue") == "fifo" or "batch" in changes.values() else [0] * 4 + [8] * 2
+    expected = [0] * 6 if changes.get("objective.selector") == "fifo" or "batch" in changes.values() else [0] * 4 + [8] * 2
     assert picks == expected
 
 
