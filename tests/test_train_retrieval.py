@@ -10,9 +10,10 @@ import pytest
 import torch
 from train_data import EVAL_CLIPS, LOADER, TRAIN_CLIPS, VIEW, clips, unit, with_members, write_dataset
 
-from cmacc.train.encoders import EncoderConfig, build_encoders
-from cmacc.train.loader import evaluation_batches
-from cmacc.train.retrieval import RANKS, Embedded, embed, held_out_rows, retrieval
+from cmacc.train.evaluation import neighbours
+from cmacc.train.evaluation.retrieval import RANKS, Embedded, embed, held_out_rows, retrieval, within
+from cmacc.train.loading.loader import evaluation_batches
+from cmacc.train.networks.encoders import EncoderConfig, build_encoders
 
 TIED = torch.nn.functional.one_hot(torch.arange(12) % 4, 4).float()
 """Twelve unit vectors of which many are alike, with exact dot products."""
@@ -116,3 +117,43 @@ def test_embed_is_the_encoders_in_evaluation_mode(tmp_path: Path) -> None:
     assert torch.equal(found.labels, torch.cat([b.labels for b in batches]))
     with pytest.raises(ValueError, match="no clip to embed"):
         embed(data, np.array([3]), VIEW, LOADER, video, audio)
+
+
+@pytest.mark.parametrize("at_once", [1, 30])
+def test_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """One row at a time, and blocks of which the last is smaller: the same numbers."""
+    one = embedded(unit(7, 4, seed=1), unit(7, 4, seed=2), [0, 0, 1, 1, 1, 2, 2])
+    whole = retrieval(one), within(one.video, one.labels, one.audio[:5], one.labels[:5])
+    monkeypatch.setattr(neighbours, "_AT_ONCE", at_once)
+    assert (retrieval(one), within(one.video, one.labels, one.audio[:5], one.labels[:5])) == whole
+
+
+def test_within_against_a_loop() -> None:
+    """By class, centred per set; one class of the queries is not in the gallery. Names and numbers are labels alike."""
+    gallery, queries = unit(60, 5, seed=3) + 2, 3 * unit(25, 5, seed=4) - 1
+    of_gallery, of_queries = [f"class {i % 7}" for i in range(60)], [f"class {i % 8}" for i in range(25)]
+    found = within(gallery, of_gallery, queries.numpy(), of_queries)
+    g, q = (torch.nn.functional.normalize(x - x.mean(0), dim=1).double() for x in (gallery, queries))
+    for k in RANKS:
+        hits = [of_queries[i] in {of_gallery[j] for j in (g @ q[i]).argsort(descending=True)[:k].tolist()} for i in range(25)]
+        assert found[f"R@{k}"] == pytest.approx(np.mean(hits))
+    assert found["R@50"] == pytest.approx(22 / 25) == found["chance_R@50"]
+    numbers = within(gallery, [int(name[6:]) for name in of_gallery], queries, torch.arange(25) % 8)
+    assert numbers == found
+
+
+def test_the_chance_of_within_is_what_random_features_score() -> None:
+    """Unequal classes: of 20, one has 12 and one but a single row."""
+    labels = np.array([0] * 12 + [1] * 7 + [2])
+    trials = [within(unit(20, 8, seed=2 * s), labels, unit(9, 8, seed=2 * s + 1), labels[3:12]) for s in range(200)]
+    for k in RANKS:
+        scored = np.array([trial[f"R@{k}"] for trial in trials])
+        assert abs(scored.mean() - trials[0][f"chance_R@{k}"]) <= 4 * scored.std() / len(scored) ** 0.5 + 1e-9
+
+
+def test_within_counts_ties_and_nan_against_the_query() -> None:
+    gallery, labels = torch.eye(4)[[0, 0, 1, 1]], [0, 1, 0, 1]
+    assert within(gallery, labels, torch.eye(4)[:2], [0, 1])["R@1"] == 0
+    assert within(torch.full((4, 3), math.nan), labels, torch.eye(3)[:2], [0, 1])["R@1"] == 0
+    with pytest.raises(ValueError, match="needs a gallery and queries, and there are 4 and 0; give both"):
+        within(gallery, labels, gallery[:0], [])

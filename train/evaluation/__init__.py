@@ -1,0 +1,1 @@
+"""What encoders can do: labelled data sets in their published layouts, features, probes, fine-tuning, retrieval."""
