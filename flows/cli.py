@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,17 @@ from typer.models import CommandInfo
 
 from cmacc.flows import (
     cli_data,  # noqa: F401  its commands join the app
+    cli_encoders,  # noqa: F401
+    cli_evaluate,  # noqa: F401
+    cli_report,  # noqa: F401
+    cli_train,  # noqa: F401
     settings,
+    torchrun,
 )
 from cmacc.flows.console import app, call_flow, err_console, escape, out_console, parse_options, print_table
 
+_AFTER_RANK_0_S = 3.0
+"""What all ranks refuse, rank 0 says; by then torchrun has ended the others. What one of them alone refuses, it says."""
 _LISTS, _CLIPS, _SITES, _WORK = "What the lists mean", "What a clip is", "How sites are treated", "How the work is done"
 
 
@@ -29,9 +37,13 @@ def _set_up(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, Prefect's own messages too.")] = False,
 ) -> None:
     settings.apply(verbose)
-    handler = RichHandler(console=err_console, show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
-    logging.getLogger("cmacc").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if torchrun.attended():  # the flow reads the lines
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s\t%(message)s")
+    else:
+        handler = RichHandler(console=err_console, show_path=False, show_time=False, markup=False)
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    # of several ranks one speaks; the others warn
+    logging.getLogger("cmacc").setLevel(logging.DEBUG if verbose else logging.WARNING if torchrun.rank() else logging.INFO)
 
 
 def main() -> None:
@@ -46,10 +58,13 @@ def main() -> None:
             err_console.print("stopped; the same command continues")
         raise
     except Exception as error:
-        if not _is_refusal(error):
+        stopped = type(error).__name__ in ("Preempted", "Stopped")
+        if not stopped and not _is_refusal(error):
             raise
+        if torchrun.rank():
+            time.sleep(_AFTER_RANK_0_S)
         err_console.print(f"[red]cmacc:[/red] {escape(_sentence(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        sys.exit(torchrun.STOPPED if stopped else 1)
 
 
 def _stop() -> None:
@@ -63,7 +78,10 @@ def _hush() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """An error's own words, but for what the operating system says of a file: there the mend is missing."""
+    """An error's own words, but for what the operating system says of a file, or of memory: there the mend is missing."""
+    if isinstance(error, MemoryError):
+        said = f"there is not enough memory ({str(error) or 'nothing is left'})"
+        return f"{said}; give smaller numbers, as of loader.batch, loader.ahead, loader.streams and view.frames"
     if not isinstance(error, OSError) or error.errno is None:
         bare = isinstance(error, OSError) and ";" not in str(error)  # what a bucket says
         return f"{error}; check the address and the right to read and write there" if bare else str(error)
@@ -78,7 +96,7 @@ def _is_refusal(error: Exception) -> bool:
     from cmacc.ingest import IngestFailure
     from cmacc.shards.errors import DatasetError
 
-    if isinstance(error, (ValueError, OSError, FloatingPointError, IngestFailure, DatasetError)):
+    if isinstance(error, (ValueError, OSError, MemoryError, FloatingPointError, IngestFailure, DatasetError)):
         return True
     return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
 
@@ -244,63 +262,6 @@ def status(
         print_table(data, lines)
 
 
-@app.command(epilog="Example: [bold]cmacc pretrain data/audioset --out runs/first --recipe paper --set loader.batch=64[/bold]")
-def pretrain(
-    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
-    out: Annotated[Path, typer.Option(help="The run's folder; an existing one is continued.")],
-    recipe: Annotated[str, typer.Option(help="paper or small.")] = "small",
-    options: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value, by dotted name; may be given several times.")
-    ] = None,
-) -> None:
-    """Pretrain with CM-ACC. The same command continues a run, with the very next clip."""
-    from cmacc.flows.pretrain import pretrain as flow
-
-    numbers = call_flow(flow, data, str(out), recipe_name=recipe, options=parse_options(options))
-    print_table(f"pretrain: {out}", numbers)
-    out_console.print(f"picture: {out / 'picture.png'}", highlight=False)
-
-
-@app.command(epilog="Example: [bold]cmacc evaluate runs/first --data data/audioset --split eval --sounds data/ESC-50[/bold]")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
-    data: Annotated[str | None, typer.Option(help="Data set for cross-modal retrieval.")] = None,
-    split: Annotated[str, typer.Option(help="Its split.")] = "eval",
-    clips: Annotated[int, typer.Option(help="At most so many clips.")] = 1000,
-    sounds: Annotated[Path | None, typer.Option(help="Folder in ESC-50's layout, for a linear probe.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
-    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
-) -> None:
-    """Score trained encoders: cross-modal retrieval, and a linear probe on labelled sounds."""
-    from cmacc.flows.evaluate import evaluate as flow
-
-    scores = call_flow(
-        flow,
-        str(model),
-        data=data,
-        split=split,
-        clips=clips,
-        sounds=str(sounds) if sounds else None,
-        out=str(out) if out else None,
-        batch=batch,
-    )
-    for kind in ("retrieval", "linear_probe"):
-        if kind in scores:
-            print_table(kind.replace("_", " "), scores[kind])
-
-
-@app.command(epilog="Example: [bold]cmacc export runs/first exports/first[/bold]")
-def export(
-    model: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder for encoders.safetensors and encoders.json.")],
-) -> None:
-    """Write the trained encoders with the constants of their input, as safetensors and JSON."""
-    from cmacc.train.trained import export as write
-    from cmacc.train.trained import load_trained
-
-    out_console.print(f"exported to {write(load_trained(model), out)}", highlight=False)
-
-
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: [bold]cmacc run ingest --watch[/bold] does prefect deployment run ingest/local --watch",
@@ -337,8 +298,8 @@ def demo(
 
 _IN_ORDER = {
     "Get clips": ("sample-world", "ingest", "status", "index"),
-    "Work with data sets": ("reshard", "inspect", "lint", "extract", "embed"),
-    "Train": ("pretrain", "evaluate", "export"),
+    "Work with data sets": ("reshard", "inspect", "lint", "extract", "embed", "search"),
+    "Train": ("recipes", "bench", "pretrain", "replay", "evaluate", "report", "export"),
     "All of it": ("run", "demo"),
 }
 

@@ -219,23 +219,3 @@ def extract(
         raise DatasetError(f"no clip of {data} is named; give keys, or --rows 0,5")
     for file in write_files(dataset, chosen, out, members.split(",") if members else None):
         print(file)
-
-
-@app.command(epilog="Example: [bold]cmacc embed runs/first data/audioset --name first[/bold]")
-def embed(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint or an export.")],
-    data: Annotated[str, typer.Argument(help="A data set: folder or fsspec URL.")],
-    name: Annotated[str, typer.Option(help="Of the model: the columns are video-NAME and audio-NAME.")],
-    batch: Annotated[int, typer.Option(help="Clips at once.")] = 32,
-) -> None:
-    """Embed every clip of a data set, as columns of its catalog."""
-    from cmacc.flows.progress import progress
-    from cmacc.shards.dataset import Dataset
-    from cmacc.train.embed import embed_dataset
-    from cmacc.train.loader import LoaderConfig
-    from cmacc.train.trained import load_trained
-
-    dataset = Dataset.open(data)
-    with progress("embed", total=len(dataset)) as tell:
-        columns = embed_dataset(load_trained(model), dataset, name, LoaderConfig(batch=batch), lambda done: tell(done, "clips"))
-    out_console.print(f"{data}: columns {' and '.join(columns)}", highlight=False)

@@ -34,11 +34,11 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def print_table(title: str, rows: Mapping[str, Any], heads: Sequence[str] = ()) -> None:
-    """Names with a value each, or with one for each of `heads`; what is wide is folded, never cut."""
+def print_table(title: str, rows: Mapping[str, Any], heads: Sequence[str] = (), right: bool = True) -> None:
+    """Names with a value each, or with one for each of `heads`, set to the right or not; what is wide is folded, never cut."""
     table = Table(title=_plain(title), show_header=bool(heads), title_justify="left")
     for head in ("", *(heads or ("",))):
-        table.add_column(head, overflow="fold", justify="right" if heads and head else "left")
+        table.add_column(head, overflow="fold", justify="right" if right and heads and head else "left")
     for name, value in rows.items():
         values = value if heads else [value]
         table.add_row(_plain(name), *(_plain(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in values))

@@ -22,7 +22,7 @@ PICTURES: dict[str, Any] = {"profile_name": "h264", "short_side": 72, "fps": 16,
 def demo(out: Path, config: WorldConfig, options: dict[str, Any], say: Say) -> dict[str, Any]:
     """Everything goes into `out`: `world/`, `data/`, and the run itself. Running it again continues. Returns the scores.
 
-    config: of the world; its seed is the run's too. options: changes to the recipe `small` by dotted name.
+    config: of the world; its seed is the run's too. options: changes to the recipe `demo` by dotted name.
     """
     began = time.monotonic()
     cores = os.cpu_count() or 1
@@ -42,9 +42,9 @@ def demo(out: Path, config: WorldConfig, options: dict[str, Any], say: Say) -> d
         )
     say(f"    {counts['done']} of {counts['rows']} clips are in {out / 'data'} after {time.monotonic() - began:.0f} s")
     say("[bold]3/4[/bold] pretraining with active selection")
-    numbers = pretrain(str(out / "data"), str(out), recipe_name="small", options={"seed": config.seed, **options})
+    numbers = pretrain(str(out / "data"), str(out), recipe_name="demo", options={"seed": config.seed, **options})
     say("[bold]4/4[/bold] evaluating on held-out clips")
-    scores = evaluate(str(out), data=str(out / "data"))
+    scores = evaluate(str(out), [f"retrieval:{out / 'data'}"], views=1)
     say(summary(out, scores["retrieval"], numbers, time.monotonic() - began))
     return scores
 
@@ -56,8 +56,8 @@ def summary(out: Path, found: dict[str, Any], numbers: dict[str, Any], seconds: 
         f"    data set     {out / 'data'}",
         f"    checkpoint   {out / 'checkpoints'}",
         f"    metrics      {out / 'metrics.jsonl'}   (tensorboard --logdir {out / 'tensorboard'})",
-        f"    scores       {out / 'evaluation.json'}",
-        f"    picture      {out / 'picture.png'}",
+        f"    scores       {out / 'evaluation'}",
+        f"    picture      {out / 'picture.png'}   (all numbers: {out / 'monitor.png'})",
         f"retrieval among {found['clips']} held-out clips, mean of both directions:",
         *(f"    {name:<38} {found[key]:.3f}   chance {found[f'chance_{key}']:.3f}" for name, key in _SHOWN),
         f"pretraining: {numbers['speed/clips_per_s']:.1f} clips/s, "

@@ -66,6 +66,6 @@ def parse_size(text: str) -> int:
 
 def _pick(vectors: NDArray[np.float32], count: int, seed: int) -> NDArray[np.int64]:
     """The trainer's own k-means++, loaded when it is wanted: it brings torch."""
-    from cmacc.train.selection import pick_diverse
+    from cmacc.train.contrast.selection import pick_diverse
 
     return pick_diverse(vectors, count, seed)

@@ -115,9 +115,9 @@ def _unforeseen(error: Exception) -> IngestFailure:
     return IngestFailure(Cause.UNDECODABLE if isinstance(error, FFmpegError) else Cause.CRASH, f"{type(error).__name__}: {error}")
 
 
-def die_with(parent: int) -> None:
-    """Be killed when the parent dies, however it dies; decoders say nothing of their own."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Be killed, or told by another signal, when the parent dies, however it dies; decoders say nothing of their own."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:
         raise SystemExit("the parent process is gone")
     import av

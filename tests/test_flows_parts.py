@@ -111,6 +111,7 @@ def start(server: Prefect, world: World, home: Path, url: str) -> subprocess.Pop
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_two_workers_share_one_ingest_and_one_dies(world: World, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     """The same clips as one process makes, nothing twice, one budget for all; a lost worker's parts are begun again."""
     home = tmp_path / "data"
@@ -130,6 +131,7 @@ def test_two_workers_share_one_ingest_and_one_dies(world: World, unbroken: dict[
     assert times[-1] - times[0] >= (len(times) - 1) / PER_S * 0.8, "two parts on two workers keep one budget"
 
 
+@pytest.mark.long
 def test_a_dask_cluster_does_the_same(world: World, unbroken: dict[str, bytes], tmp_path: Path, prefect_server: None) -> None:
     """Two processes, of which one is killed in the middle."""
     from distributed import LocalCluster

@@ -154,6 +154,7 @@ def test_killed_and_continued(cmacc, world: World, unbroken: Whole, tmp_path: Pa
     kill_and_continue(cmacc, tmp_path / "data", unbroken, 1, random.Random(1), *of_world(world))
 
 
+@pytest.mark.long
 def test_killed_and_continued_on_recordings(cmacc, real_data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     files = table(tmp_path / "list.csv", recordings(real_data))
     unbroken = run_whole(cmacc, tmp_path / "whole", files)
@@ -169,6 +170,7 @@ def test_killed_twenty_times_on_recordings(cmacc, real_data: Path, tmp_path: Pat
         kill_and_continue(cmacc, tmp_path / f"data{trial}", unbroken, 4, random.Random(trial), files)
 
 
+@pytest.mark.long
 def test_killed_and_continued_over_http(cmacc, real_data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     names = [p.name for p in recordings(real_data) if p.suffix in (".mp4", ".webm")][:10]
     with serve(real_data) as url:
