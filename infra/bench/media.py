@@ -30,12 +30,16 @@ class Video:
 
 @dataclass(frozen=True)
 class Look:
-    """width, height: pixels. seconds: of one source video."""
+    """width, height: pixels. seconds: of one source video. discs: that cross a scene. swing: of the texture, and grain: of the
+    film, standard deviation, both in luma steps."""
 
     width: int = 640
     height: int = 360
     fps: int = 30
     seconds: float = 60.0
+    discs: int = 3
+    swing: float = 48.0
+    grain: float = 1.5
 
 
 def make_media(folder: Path, count: int, spans: tuple[Span, ...], look: Look | None = None, distinct: int = 4) -> list[Video]:
@@ -112,17 +116,19 @@ class _Scenes:
 
     def __init__(self, rng: np.random.Generator, look: Look) -> None:
         self.rng, self.look = rng, look
-        self.grain = (1.5 * rng.standard_normal((2 * look.height, 2 * look.width))).astype(np.int16)
+        self.grain = (look.grain * rng.standard_normal((2 * look.height, 2 * look.width))).astype(np.int16)
         self.y, self.x = np.mgrid[: look.height, : look.width].astype(np.int16)
         self.scene = -1
 
     def _new_scene(self) -> None:
         look, rng = self.look, self.rng
         size = (2 * look.width, 2 * look.height)
-        self.luma = _texture(rng, *size, (8, 24, 80, 240), 48)
+        self.luma = _texture(rng, *size, (8, 24, 80, 240), look.swing)
         self.chroma = [_texture(rng, look.width, look.height, (4, 12), 16) for _ in range(2)]
         self.drift = rng.uniform(-1, 1, 2) * look.height / 16  # pixels a second: half a window in a scene at most
-        self.discs = [(rng.uniform(0.05, 0.2) * look.height, *rng.uniform(0, 1, 4), rng.integers(30, 220)) for _ in range(3)]
+        self.discs = [
+            (rng.uniform(0.05, 0.2) * look.height, *rng.uniform(0, 1, 4), rng.integers(30, 220)) for _ in range(look.discs)
+        ]
 
     def frame(self, number: int) -> NDArray[np.uint8]:
         look = self.look
