@@ -24,11 +24,12 @@ def study() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDY))
         import clips
+        import measures
         import report
         import run
         import study
 
-        study.clips, study.run, study.report = clips, run, report  # type: ignore[attr-defined]
+        study.clips, study.run, study.report, study.measures = clips, run, report, measures  # type: ignore[attr-defined]
         yield study
 
 
@@ -81,7 +82,7 @@ def test_a_run_is_a_pure_function_of_its_seed(study: Any, decoded: Any, objectiv
 
 
 def test_pairs_and_their_interval(study: Any) -> None:
-    mean, half, wins, seeds = study.report.paired({1: 0.5, 2: 0.7, 3: 0.6, 9: 1.0}, {1: 0.4, 2: 0.5, 3: 0.6, 4: 0.0})
+    mean, half, wins, seeds = study.measures.paired({1: 0.5, 2: 0.7, 3: 0.6, 9: 1.0}, {1: 0.4, 2: 0.5, 3: 0.6, 4: 0.0})
     assert (wins, seeds) == (2, 3)
     assert mean == pytest.approx(0.1)
     assert half == pytest.approx(4.302653 * 0.1 / 3**0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -13,9 +13,7 @@ import numpy as np
 from arms import MIDDLE, PAIRS, SIZES, M
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-
-if TYPE_CHECKING:
-    from report import Found
+from measures import SCORES, Found, paired
 
 QUEUE, ACTIVE, OTHER, INK = "#7a869a", "#c2410c", "#2f6f8f", "#1f2430"
 WORLDS = ("balanced", "unequal")
@@ -59,8 +57,6 @@ def _lines(ax: Axes, found: Found, data: str, value: Any) -> None:
 
 def _sizes(found: Found) -> Any:
     """Does random saturate where active goes on?"""
-    from report import SCORES
-
     names = ("R@5", "class@1", "rare class@1", "probe, few labels")
     figure, axes = plt.subplots(len(WORLDS), len(names), figsize=(3.1 * len(names), 2.7 * len(WORLDS)), squeeze=False)
     for row, data in zip(axes, WORLDS, strict=True):
@@ -110,8 +106,6 @@ def _over_steps(result: dict[str, Any], fact: str) -> Any:
 
 def _differences(found: Found) -> Any:
     """Arms held against each other, seeds in pairs."""
-    from report import SCORES, paired
-
     names = ("R@5", "class@1", "rare class@1")
     pairs = [pair for pair in PAIRS if any(all((data, arm) in found.by for arm in pair) for data in WORLDS)]
     if not pairs:
