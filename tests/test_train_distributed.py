@@ -152,6 +152,17 @@ def test_one_process_is_a_world() -> None:
     assert world.leads
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence, not in CUDA's words."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    said = "this machine has 4 GPUs, and there is none for rank 4 of it; give --ranks 0, or torchrun --nproc-per-node 4"
+    with pytest.raises(ValueError, match=f"^{said}$"), joined(DistributedConfig()):
+        pass
+
+
 def test_ranks_that_disagree_are_told(run: Run, tmp_path: Path) -> None:
     assert run(2, "disagrees", str(tmp_path)) == [0, 0]
     for rank in range(2):
