@@ -1,4 +1,5 @@
-"""What several test files share: an isolated Prefect, servers of a database and of a bucket, the folder of real recordings."""
+"""What several test files share: an isolated Prefect, servers of a database and of a bucket, the folder of real recordings,
+a small data set and a run on it."""
 
 from __future__ import annotations
 
@@ -91,6 +92,30 @@ def s3() -> Iterator[str]:
         yield "s3://tests"
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Address of a data set of `train_data.clips`, for all who leave it as it is."""
+    from train_data import clips, write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", clips()).url
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `train_data.TINY` on it that nothing interrupted, for all who leave it as it is. On a CPU, where one that was
+    interrupted is promised to be the same bit for bit."""
+    import torch
+    from train_data import TINY
+
+    from cmacc.train.pretrain import pretrain
+
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        pretrain(tiny_data, run, TINY)
+    return run
 
 
 class Cmacc:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from train_data import TINY, TRAIN_CLIPS, clips, write_dataset
+from train_data import TINY, TRAIN_CLIPS, clips, with_members, write_dataset
 
 from cmacc.train.contrast.candidates import Candidates, Interrupted
 from cmacc.train.contrast.objective import Memory
 from cmacc.train.contrast.rings import Entries
-from cmacc.train.loading.loader import Batch
+from cmacc.train.loading.loader import BadClip, Batch
 from cmacc.train.loading.sampler import Source
 
 BATCH, WIDTH = TINY.loader.batch, 2
@@ -37,18 +37,30 @@ def encode(batch: Batch, step: int, total: int) -> tuple[Entries, Entries]:
 
 @contextmanager
 def candidates(sources: list[Source], rank: int = 0, world: int = 1, **more: Any) -> Iterator[Candidates]:
-    given = {"encode": encode, "interrupted": lambda: False, "statistics": ()}
+    given: dict[str, Any] = {"encode": encode, "interrupted": lambda: False, "on_bad": None}
     given |= {name: more.pop(name) for name in list(more) if name in given}
     config = dataclasses.replace(TINY, objective=dataclasses.replace(TINY.objective, **more))
     ranks: Any = SimpleNamespace(rank=rank, size=world, device=torch.device("cpu"), agree=list)
     found = Candidates(
         sources, config, ranks, given["encode"], Memory(config.objective, WIDTH),
-        statistics=given["statistics"], interrupted=given["interrupted"],
+        interrupted=given["interrupted"], on_bad=given["on_bad"],
     )  # fmt: skip
     try:
         yield found
     finally:
         found.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pool", ["fresh", "epoch"])
+def test_clips_that_do_not_decode_are_told(tmp_path: Path, pool: str) -> None:
+    """Once each, as those of the training batches are."""
+    some = [with_members(clip, flac=b"bad") if i in (3, 11) else clip for i, clip in enumerate(clips())]
+    told: list[BadClip] = []
+    with candidates([Source(write_dataset(tmp_path / "data", some), "train")], pool=pool, on_bad=told.append) as found:
+        for step in range(2):
+            found.for_step(step, BATCH * step)
+    assert sorted(bad.row for bad in told) == [3, 11]
 
 
 @pytest.mark.parametrize("more", [{"pool": "fifo"}, {"selector": "fifo"}, {"pool": "fresh", "share_start": 6}])
@@ -130,33 +142,19 @@ def test_pools_are_filled_at_each_epochs_start(sources: list[Source], size: int,
         assert found.memory.pool_video.ids.tolist() == seen[9]
 
 
-def test_filling_leaves_running_statistics_as_they_were(sources: list[Source]) -> None:
-    statistics = torch.zeros(3)
-
-    def counted(batch: Batch, step: int, total: int) -> tuple[Entries, Entries]:
-        statistics.add_(1)
-        return encode(batch, step, total)
-
-    with candidates(sources, pool="epoch", candidates=12, encode=counted, statistics=[statistics]) as found:
-        found.for_step(0, 0)
-    assert not statistics.any()
-
-
 def test_a_fill_that_is_broken_off_begins_again(sources: list[Source]) -> None:
-    """As when SIGTERM comes meanwhile: what is saved then holds pools of no epoch, and statistics of before."""
-    stop, statistics = [False], torch.zeros(1)
+    """As when SIGTERM comes meanwhile: what is saved then holds pools of no epoch."""
+    stop = [False]
 
     def stopping(batch: Batch, step: int, total: int) -> tuple[Entries, Entries]:
         stop[0] = True
-        statistics.add_(1)
         return encode(batch, step, total)
 
     more: dict[str, Any] = {"pool": "epoch", "candidates": 12}
-    with candidates(sources, encode=stopping, interrupted=lambda: stop[0], statistics=[statistics], **more) as found:
+    with candidates(sources, encode=stopping, interrupted=lambda: stop[0], **more) as found:
         with pytest.raises(Interrupted, match="step 4"):
             found.for_step(4, 16)
         assert found.memory.filled_in == int(found.memory.pool_epoch) == -1
-        assert not statistics.any()
         saved = {name: value.clone() for name, value in found.memory.state_dict().items()}
     with candidates(sources, **more) as found, candidates(sources, **more) as unbroken:
         found.memory.load_state_dict(saved)

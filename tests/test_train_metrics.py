@@ -95,6 +95,30 @@ def test_only_rank_0_writes_and_reports(tmp_path: Path) -> None:
     assert told == [0]
 
 
+def test_a_rollback_on_a_full_disk_is_told_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be dropped is there twice."""
+    log = RunLog(tmp_path)
+    tell(log, 1, 2, 3)
+    with no_room_past(10):
+        log.cut_back(2)
+    tell(log, 3)
+    log.close()
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3, 3]
+    assert "numbers cannot be written to metrics.jsonl" in caplog.text
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("metrics.jsonl", "tensorboard")] == []
+
+
+def test_a_clock_that_was_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files by the time in their names: what a continued run takes back must not come after it."""
+    for now, after, steps in ((2e9, 0, (1, 2, 3)), (1e9, 1, (2,)), (1e9 + 5, 2, (3, 4))):
+        monkeypatch.setattr("cmacc.train.running.metrics.time.time", lambda now=now: now)
+        log = RunLog(tmp_path, after=after)
+        tell(log, *steps)
+        log.close()
+    (tmp_path / "tensorboard" / "events.out.tfevents.of-others").touch()
+    assert board(tmp_path) == [(step, step / 4) for step in (1, 2, 3, 4)]
+
+
 def test_without_tensorboard(tmp_path: Path) -> None:
     log = RunLog(tmp_path, config=LogConfig(tensorboard=False))
     tell(log, 1)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from cmacc.shards.publish import publish
 from cmacc.train.config import PretrainConfig, check_same_run, flatten, from_json, to_json
 from cmacc.train.contrast.candidates import Candidates, Interrupted
+from cmacc.train.contrast.objective import POOL_READY_BATCHES
 from cmacc.train.contrast.rings import Entries
 from cmacc.train.evaluation.online import Online
 from cmacc.train.loading.loader import Batch, TrainingLoader
@@ -48,7 +50,7 @@ def pretrain(data: str | Sequence[str], run: Path, config: PretrainConfig, repor
     all saved.
     """
     data = [data] if isinstance(data, str) else list(data)
-    with joined(config.distributed) as world, Preemption(config.checkpoint.grace_s) as signals:
+    with Preemption(config.checkpoint.grace_s) as signals, joined(config.distributed) as world:
         return _Run(data, run, config, world, signals, report).train()
 
 
@@ -74,7 +76,8 @@ class _Run:
         self.step, self.position, self.evaluated = 0, 0, -1  # position: samples trained on; the loader is ahead of it
         self._put_back(may_be_new=True)
         if world.leads:
-            (run / "config.json").write_text(json.dumps({"data": data, **to_json(config)}, indent=2) + "\n")
+            publish(run / "config.json", json.dumps({"data": data, **to_json(config)}, indent=2).encode() + b"\n")
+            self._warn_of_few_clips()
         # Compiles, wraps for several ranks: what is put back before needs no copy of it.
         self.take_step = TrainingStep(config, self.model, self.optimiser, world)
         self.take_step.rate = self.alarm.rate
@@ -82,10 +85,10 @@ class _Run:
             self.sources,
             config,
             world,
-            self.take_step.encode_keys,
+            self.take_step.encode_candidates,
             self.model.memory,
-            statistics=self.model.statistics(),
             interrupted=lambda: signals.requested,
+            on_bad=self._quarantine_candidate,
         )
         self.numbers = RunLog(run, self.step, report, config.log, flatten(to_json(config)), world.rank)
         self.verdicts = Verdicts(world.device)
@@ -99,6 +102,9 @@ class _Run:
             while True:
                 # Periodic events, between two steps: the only place where anything is saved or left.
                 if self.evaluated != self.step and (look or self.online.by_step(self.step)):
+                    if self._goes_back(self._not_finite(everything=True)):
+                        batches = self._batches()
+                        continue
                     self._evaluate()
                     clock.restart()
                 batch = next(batches, None) if self.step < config.steps else None
@@ -293,6 +299,16 @@ class _Run:
 
     # --- odds and ends ---
 
+    def _warn_of_few_clips(self) -> None:
+        """A pool has one slot for each clip: of few clips it may never hold what is asked of it before anything is picked."""
+        objective, clips = self.config.objective, sum(len(split) for split in self.loader.sampler.splits)
+        if objective.keeps_pool and clips < (least := objective.ready(self.config.loader.batch)):
+            log.warning(
+                "nothing will ever be picked: a pool must hold %d clips first, and there are %d to train on; give "
+                "loader.batch=%d or less, or use objective.pool=fresh",
+                least, clips, max(1, clips // POOL_READY_BATCHES),
+            )  # fmt: skip
+
     @contextmanager
     def _closing(self) -> Iterator[None]:
         try:
@@ -331,6 +347,12 @@ class _Run:
             peak = peak_flops(torch.cuda.get_device_name(device), precision)
         flops = encoder_flops(config.encoders, config.view) if peak else None
         return Clock(self, device, flops=flops, peak=peak, world=self.world.size)
+
+    def _quarantine_candidate(self, bad: BadClip) -> None:
+        """Once each, whichever loader meets it first, and whatever the run is continued from."""
+        if (bad.source, bad.row) not in self.loader.bad:
+            self.loader.bad[bad.source, bad.row] = bad.key
+            self._quarantine(bad)
 
     def _quarantine(self, bad: BadClip) -> None:
         name = "quarantine.jsonl" if self.world.leads else f"quarantine.rank-{self.world.rank}.jsonl"

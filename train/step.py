@@ -67,6 +67,7 @@ class TrainingStep:
             self.summed = DistributedDataParallel(
                 self.both, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self._sound: Tensor | None = None  # running statistics, see `take_back`
         most = -(-config.loader.batch // world.size)
         self.twice = 0 < config.compute.micro_batch < most  # the same on all ranks, as all that they do together must be
 
@@ -112,11 +113,20 @@ class TrainingStep:
         k_video, k_audio = (_entries(each.contiguous(), facts, step) for each in keys.chunk(2, 1))
         return k_video, k_audio
 
+    def encode_candidates(self, batch: Batch, step: int, total: int) -> tuple[Entries, Entries]:
+        """As `encode_keys`, of clips that may be picked. Running statistics stay as they are: this is no part of the step, whose
+        verdict could not take back what such a clip has spoilt."""
+        with frozen_statistics(self.keys):
+            return self.encode_keys(batch, step, total)
+
     def take_back(self, stepped: Stepped) -> None:
         """Running statistics as they were before a step that was not finite: a forward pass has spoilt them."""
+        # Where the host hears of it late, the step after it began with spoilt ones: they are no way back.
+        if self._sound is None or bool(stepped.before.isfinite().all()):
+            self._sound = stepped.before
         at = 0
         for buffer in self.model.statistics():
-            buffer.copy_(stepped.before[at : at + buffer.numel()].view_as(buffer))
+            buffer.copy_(self._sound[at : at + buffer.numel()].view_as(buffer))
             at += buffer.numel()
 
     # --- inside ---

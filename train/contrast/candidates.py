@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor
-
 from cmacc.train.config import PretrainConfig
 from cmacc.train.contrast.objective import Memory
 from cmacc.train.contrast.rings import Entries
-from cmacc.train.loading.loader import Batch, TrainingLoader
+from cmacc.train.loading.loader import BadClip, Batch, TrainingLoader
 from cmacc.train.loading.sampler import Sampler, Source
 from cmacc.train.running.distributed import World
 
@@ -34,8 +32,8 @@ class Interrupted(Exception):
 class Candidates:
     """The data side of `objective.pool`. With `pool: fifo`, or where nothing is picked, it does nothing.
 
-    encode: with today's key encoders. memory: whose pools are filled. statistics: what encoding changes besides, running means of
-    the key encoders: they are put back once the pools are full. interrupted: asked now and then, for reading may take minutes.
+    encode: with today's key encoders. memory: whose pools are filled. interrupted: asked now and then, for reading may take
+    minutes. on_bad: told of each clip that does not decode, see `TrainingLoader`.
     """
 
     def __init__(
@@ -46,11 +44,11 @@ class Candidates:
         encode: Encode,
         memory: Memory,
         *,
-        statistics: Sequence[Tensor] = (),
         interrupted: Callable[[], bool] = lambda: False,
+        on_bad: Callable[[BadClip], None] | None = None,
     ) -> None:
         self.sources, self.config, self.world, self.encode, self.memory = sources, config, world, encode, memory
-        self.statistics, self.interrupted = statistics, interrupted
+        self.interrupted, self.on_bad = interrupted, on_bad
         self.seed = (config.seed + SEED_SHIFT) % (1 << 63)
         order = Sampler(sources, seed=self.seed, streams=config.loader.streams, window=config.loader.window)
         self._epoch_samples = order.epoch_samples
@@ -93,7 +91,6 @@ class Candidates:
     def _fill(self, step: int, epoch: int) -> None:
         """The first clips of an epoch of the candidates' own order, no clip twice."""
         total, left = self.config.loader.batch, min(self.config.objective.candidates, self._epoch_samples)
-        before = [each.clone() for each in self.statistics]
         self._read_from(epoch * self._epoch_samples, total)
         try:
             with self.memory.filling(epoch) as fill:
@@ -103,15 +100,14 @@ class Candidates:
                     left -= total
         finally:
             self.close()
-            for each, values in zip(self.statistics, before, strict=True):
-                each.copy_(values)
 
     def _read_from(self, position: int, total: int) -> None:
         if self._loader is None:
             config = dataclasses.replace(self.config.loader, batch=total)
             self._loader = TrainingLoader(
-                self.sources, self.config.view, config, seed=self.seed, rank=self.world.rank, world=self.world.size
-            )
+                self.sources, self.config.view, config, seed=self.seed, rank=self.world.rank, world=self.world.size,
+                on_bad=self.on_bad,
+            )  # fmt: skip
             self._loader.interrupted = self.interrupted
         self._loader.position = position
         self._batches = iter(self._loader)

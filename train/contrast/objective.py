@@ -103,6 +103,10 @@ class ObjectiveConfig:
         """Whether candidates outlive a step, in rings."""
         return self.uses_candidates and self.pool != "fresh"
 
+    def ready(self, batch: int) -> int:
+        """How many entries a pool must hold before it is picked from."""
+        return min(POOL_READY_BATCHES * batch, self.candidates)
+
     def picks(self, step: int, batch: int) -> int:
         """How many of the batch's places in the dictionary go to picks at `step`."""
         return round(self.share * ramp(step, self.share_start, self.share_ramp) * batch) if self.uses_candidates else 0
@@ -292,7 +296,6 @@ def _pick(
     fresh: tuple[Entries, Entries] | None,
 ) -> tuple[Tensor, tuple[Entries, Entries]]:
     """(2, count) slots, -1 where nothing is left, and the candidates that they number: of sounds, then of pictures."""
-    batch = len(batch_sources)
     if config.pool == "fresh":
         if fresh is None:
             raise ValueError("objective.pool is fresh, but this step was given no candidates; use pool fifo, or give some")
@@ -301,8 +304,7 @@ def _pick(
     else:
         pools = memory.pool_audio.entries, memory.pool_video.entries
         allowed = torch.stack([p.ids != EMPTY for p in pools])
-        ready = min(POOL_READY_BATCHES * batch, config.candidates)
-        allowed &= allowed.sum(1, keepdim=True) >= ready
+        allowed &= allowed.sum(1, keepdim=True) >= config.ready(len(batch_sources))
     for mine, pool, dictionary in zip(allowed, pools, (memory.dictionary_audio, memory.dictionary_video), strict=True):
         mine &= ~isin(pool.sources, batch_sources) & _young(pool.born, step, config)
         if not config.repeats:

@@ -32,7 +32,8 @@ def draw(weight: Tensor, u: Tensor) -> Tensor:
 
     By the inverse of the cumulative sum: torch.multinomial waits for the host and is limited to 2^24 entries.
     """
-    cumulative = weight.cumsum(0)
+    # As two rows: of a single one CUDA adds up the blocks in whatever order they finish, and ranks would draw differently.
+    cumulative = weight.expand(2, -1).cumsum(1)[0]
     return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_max_(len(weight) - 1)
 
 

@@ -136,11 +136,16 @@ def checksum(tensor: Tensor) -> Tensor:
 def joined(config: DistributedConfig) -> Iterator[World]:
     """The world that torchrun's environment variables tell of, or this process alone.
 
-    NCCL between GPUs, gloo otherwise. A process group that stands already is used, and left standing.
+    NCCL between GPUs, gloo otherwise. A process group that stands already is used, and left standing. Raises ValueError where a
+    machine has more ranks than GPUs.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0) if cuda else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0
+    if cuda and local >= (there := torch.cuda.device_count()):
+        said = f"this machine has {there} GPU{'s' if there > 1 else ''}, and there is none for rank {local} of it"
+        raise ValueError(f"{said}; give --ranks 0, or torchrun --nproc-per-node {there}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import time
 import uuid
@@ -20,6 +21,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from cmacc.shards.publish import publish
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +45,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, after: int = 0) -> None:
         kept = [record for record in self.read(path) if record["step"] <= after] if after else []
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        aside.rename(path)
+        publish(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("ab", buffering=0)  # no buffer keeps what a full disk refused
         self._torn = False
 
@@ -70,6 +71,15 @@ class MetricsLog:
                     yield record
 
 
+_EVENTS = "events.out.tfevents."
+
+
+def _stamp(name: str) -> float | None:
+    """The time in the name of an event file, seconds."""
+    found = re.match(r"\d+(\.\d+)?", name.removeprefix(_EVENTS))
+    return float(found[0]) if found else None
+
+
 class Board:
     """An event file for TensorBoard in `folder`, written through at each step, so that a kill takes nothing away.
 
@@ -78,8 +88,10 @@ class Board:
 
     def __init__(self, folder: Path, after: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads files in the order of their names, and a clock may have been put back
+        stamps = [found for path in folder.glob(f"{_EVENTS}*") if (found := _stamp(path.name)) is not None]
+        now = max([time.time(), *(stamp + 1e-3 for stamp in stamps)])
+        name = f"{_EVENTS}{now:017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("ab", buffering=0)
         self._add(Event(file_version="brain.Event:2"))
         if after is not None:
@@ -167,21 +179,28 @@ class RunLog:
             self._report(step, facts)
 
     def cut_back(self, step: int) -> None:
-        """After a rollback: what came after `step` is dropped."""
+        """After a rollback: what came after `step` is dropped. Where there is no room for that, those steps are there twice."""
         if self._sinks:
-            self._close("metrics.jsonl")
-            self._close("TensorBoard")
-            self._open(step)
+            try:
+                self._open(step)
+            except OSError as error:
+                self._say("metrics.jsonl", error)
 
     def close(self) -> None:
         for name in list(self._sinks):
             self._close(name)
 
     def _open(self, after: int) -> None:
-        lines: dict[str, MetricsLog | Board | WandB] = {"metrics.jsonl": MetricsLog(self._run / "metrics.jsonl", after)}
+        """Raises OSError when there is no room; what was open stays so then."""
+        files: dict[str, MetricsLog | Board | WandB] = {"metrics.jsonl": MetricsLog(self._run / "metrics.jsonl", after)}
         if self._config.tensorboard:
-            lines["TensorBoard"] = Board(self._run / "tensorboard", after)
-        self._sinks = {**lines, **self._sinks}
+            try:
+                files["TensorBoard"] = Board(self._run / "tensorboard", after)
+            except OSError as error:
+                self._say("TensorBoard", error)
+        self._close("metrics.jsonl")
+        self._close("TensorBoard")
+        self._sinks = {**files, **self._sinks}
 
     def _join_wandb(self, options: Mapping[str, Any]) -> None:
         try:

@@ -58,7 +58,7 @@ def save_failing(
         save_file(tensors, folder / f".rank-{rank}.part")
         (folder / f".rank-{rank}.part").rename(folder / f"rank-{rank}.safetensors")
         (folder / f"rank-{rank}.json").write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to safetensors
         log.warning("the batch of step %d cannot be kept in %s (%s)", step, folder, error)
         return None
     return folder
@@ -78,7 +78,7 @@ def save_weights(run: Path, step: int, tensors: Mapping[str, Tensor]) -> Path | 
             {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, folder / ".w.part"
         )
         return (folder / ".w.part").rename(folder / WEIGHTS)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         (folder / ".w.part").unlink(missing_ok=True)
         log.warning("the weights of step %d cannot be kept in %s (%s)", step, folder, error)
         return None
