@@ -264,7 +264,7 @@ class Pods:
         of_run = [p.info["cmdline"] for p in self.family() if any(str(self.run(index)) in part for part in p.info["cmdline"])]
         return sum("cmacc.flows.agent" not in words for words in of_run)
 
-    def until(self, true: Callable[[], object], seconds: float = 400) -> None:
+    def until(self, true: Callable[[], object], seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             logs = "\n".join(f.read_text()[-3000:] for f in self.folder.glob("log-*"))
@@ -305,7 +305,7 @@ def test_a_node_joins_is_preempted_and_all_go_on(pods: Pods) -> None:
     shutil.rmtree(pods.folder / "pod-1")
     port = free_port()
     again = [pods.start(index, port, saved + 20) for index in (0, 1)]
-    assert [process.wait(500) for process in again] == [0, 0], (pods.folder / "log-0").read_text()[-3000:]
+    assert [process.wait(600) for process in again] == [0, 0], (pods.folder / "log-0").read_text()[-3000:]
     assert sorted(pods.steps(0) + pods.steps(1)) == list(range(saved + 1, saved + 21))
     assert not pods.family()
 
