@@ -1,36 +1,25 @@
-"""infra/kubernetes: valid for the versions named, nothing in it that should not be, and a run that survives its pods."""
+"""infra/kubernetes: valid for the versions named, nothing in it that should not be, names and times that go together."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import kubernetes_validate
-import psutil
 import pytest
 import yaml
-from servers import free_port
-from train_data import clips, write_dataset
 
 from cmacc.flows.agent import AGAIN, STOPPED
-from cmacc.train.config import PretrainConfig
-from cmacc.train.running.checkpoint import latest, load
-from cmacc.train.running.metrics import MetricsLog
 
 KUBERNETES = Path(__file__).parents[1] / "infra" / "kubernetes"
 VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
-TORCH_KILLS_S = 30
+TORCH_KILLS_S = 30  # its agent's ranks
 
 
 def documents(folder: Path = KUBERNETES) -> list[dict[str, Any]]:
@@ -112,11 +101,13 @@ def test_one_command_applies_it(folder: str) -> None:
 
 
 def test_times_and_names_go_together() -> None:
+    from cmacc.train.running.checkpointer import CheckpointConfig
+
     job, service, budget = one("Job", "pretrain"), one("Service", "pretrain"), one("PodDisruptionBudget", "pretrain")
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     (trainer,) = pod["containers"]
     grace_s = next(float(a.partition("grace_s=")[2]) for a in trainer["args"] if "grace_s" in a)
-    assert grace_s == PretrainConfig().checkpoint.grace_s < TORCH_KILLS_S < pod["terminationGracePeriodSeconds"]
+    assert grace_s == CheckpointConfig().grace_s < TORCH_KILLS_S < pod["terminationGracePeriodSeconds"]
     assert budget["spec"]["minAvailable"] == spec["completions"] - 1 == spec["parallelism"] - 1
     # A pod of an Indexed Job is NAME-INDEX.SUBDOMAIN, and the service of that name selects it.
     name, port = "pretrain-0.pretrain.$(NAMESPACE).svc.cluster.local", service["spec"]["ports"][0]["port"]
@@ -133,14 +124,9 @@ def test_times_and_names_go_together() -> None:
     assert shm["emptyDir"]["medium"] == "Memory"
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in trainer["volumeMounts"]
     # Every name in the arguments is set.
-    given = dict(line.split("=", 1) for line in run_env())
+    given = dict(re.findall(r"^(\w+)=(.*)$", (KUBERNETES / "pretrain" / "run.env").read_text(), re.MULTILINE))
     wanted = set(re.findall(r"\$\((\w+)\)", " ".join(trainer["args"])))
     assert wanted <= {*given, *(entry["name"] for entry in trainer["env"])}
-
-
-def run_env() -> list[str]:
-    lines = (KUBERNETES / "pretrain" / "run.env").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 # --- the work pool ---
@@ -216,112 +202,3 @@ def test_the_image_is_the_same_everywhere() -> None:
     for name in named:
         image = images[name.partition(":")[0]]
         assert name == f"{image['newName']}:{image['newTag']}"
-
-
-# --- a run and its pods, with real processes ---
-
-TINY = (
-    "log_every=1", "eval_every=100000", "checkpoint.steps=5", "train.batch=4", "view.frames=4", "view.size=24", "view.view_s=0.3",
-    "objective.dictionary=16", "objective.candidates=32", "loader.threads=1", "loader.ahead=1",
-)  # fmt: skip
-
-
-class Pods:
-    """Pods of the Job as processes of this machine: its arguments as they stand, with `$(NAME)` filled in as the kubelet does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = write_dataset(folder / "data", clips()).url
-        (self.container,) = one("Job", "pretrain")["spec"]["template"]["spec"]["containers"]
-        self.started: list[subprocess.Popen[bytes]] = []
-
-    def start(self, index: int, port: int, steps: int) -> subprocess.Popen[bytes]:
-        given = dict(line.split("=", 1) for line in run_env())
-        given |= {"DATA": self.data, "CHECKPOINTS": str(self.folder / "checkpoints"), "RECIPE": "small-cpu", "RANKS": "1"}
-        given |= {"RENDEZVOUS": f"127.0.0.1:{port}"}
-        arguments = [re.sub(r"\$\((\w+)\)", lambda m: given[m[1]], a) for a in self.container["args"]]
-        arguments = [a.replace("/runs/", f"{self.run(index).parent}/") for a in arguments]
-        options = [part for option in (*TINY, f"steps={steps}") for part in ("--set", option)]
-        with (self.folder / f"log-{index}").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, *self.container["command"][1:], *arguments, *options], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        self.started.append(process)
-        return process
-
-    def run(self, index: int) -> Path:
-        return self.folder / f"pod-{index}" / "pretrain"
-
-    def steps(self, index: int) -> list[int]:
-        return [r["step"] for r in MetricsLog.read(self.run(index) / "metrics.jsonl") if "loss/total" in r]
-
-    def family(self) -> list[psutil.Process]:
-        every = psutil.process_iter(["cmdline"])
-        return [p for p in every if any(str(self.folder) in part for part in p.info["cmdline"] or ())]
-
-    def ranks(self, index: int) -> int:
-        of_run = [p.info["cmdline"] for p in self.family() if any(str(self.run(index)) in part for part in p.info["cmdline"])]
-        return sum("cmacc.flows.agent" not in words for words in of_run)
-
-    def until(self, true: Callable[[], object], seconds: float = 600) -> None:
-        deadline = time.monotonic() + seconds
-        while not true():
-            logs = "\n".join(f.read_text()[-3000:] for f in self.folder.glob("log-*"))
-            assert time.monotonic() < deadline, f"it does not come to that\n{logs}"
-            time.sleep(0.2)
-
-
-@pytest.fixture
-def pods(tmp_path: Path) -> Iterator[Pods]:
-    made = Pods(tmp_path)
-    yield made
-    for process in made.started:
-        process.kill()
-        process.wait()
-    for member in made.family():
-        member.kill()
-
-
-@pytest.mark.long
-def test_a_node_joins_is_preempted_and_all_go_on(pods: Pods) -> None:
-    """One node alone; a second joins in mid-run; it is preempted: both save and leave with 143. New pods, whose disks are empty,
-    go on from the checkpoint and end with 0. No step is lost, none is made twice."""
-    port = free_port()
-    first = pods.start(0, port, 100_000)
-    pods.until(lambda: len(pods.steps(0)) > 3)
-    second = pods.start(1, port, 100_000)
-    pods.until(lambda: pods.ranks(1))
-    joined = pods.steps(0)[-1]
-    pods.until(lambda: pods.steps(0)[-1] > joined + 3)
-    assert not pods.run(1).joinpath("metrics.jsonl").exists(), "it is a rank of the run, not a run of its own"
-    second.send_signal(signal.SIGTERM)
-    assert (second.wait(120), first.wait(120)) == (STOPPED, STOPPED)
-    steps = pods.steps(0)
-    saved = load(latest(pods.folder / "checkpoints") or "").step
-    assert steps == list(range(1, saved + 1))
-
-    shutil.rmtree(pods.folder / "pod-0")
-    shutil.rmtree(pods.folder / "pod-1")
-    port = free_port()
-    again = [pods.start(index, port, saved + 20) for index in (0, 1)]
-    assert [process.wait(600) for process in again] == [0, 0], (pods.folder / "log-0").read_text()[-3000:]
-    assert sorted(pods.steps(0) + pods.steps(1)) == list(range(saved + 1, saved + 21))
-    assert not pods.family()
-
-
-def test_alone_it_ends_with_a_status_of_its_own(tmp_path: Path) -> None:
-    """A node that nobody meets is to be started again, and a wrong command line is not."""
-    agent = [sys.executable, "-m", "cmacc.flows.agent"]
-    meet = [
-        "--nnodes=2",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--rdzv-conf=join_timeout=1,read_timeout=1",
-    ]
-    wait = subprocess.run([*agent, *meet, "-m", "cmacc", "recipes"], capture_output=True, text=True, check=False)
-    assert wait.returncode == AGAIN and "the machines of the run did not meet" in wait.stderr
-    wrong = subprocess.run(
-        [*agent, "--standalone", "-m", "cmacc", "recipes", "--nothing"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode == 2, wrong.stderr

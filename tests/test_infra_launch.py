@@ -17,7 +17,7 @@ import yaml
 
 from cmacc.flows import torchrun
 from cmacc.flows.agent import AGAIN, STOPPED
-from cmacc.train.config import PretrainConfig
+from cmacc.train.running.checkpointer import CheckpointConfig
 
 INFRA = Path(__file__).parents[1] / "infra"
 SBATCH, UNIT = INFRA / "slurm" / "pretrain.sbatch", INFRA / "systemd" / "cmacc-pretrain.service"
@@ -178,7 +178,7 @@ def test_a_batch_job_is_told_in_time() -> None:
     """By a signal to its steps (no `B:`), earlier than saving takes; one task a node; Slurm itself may requeue it too."""
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", SBATCH.read_text(), re.MULTILINE))
     signal, _, seconds = options["signal"].partition("@")
-    assert signal == "USR1" and int(seconds) > PretrainConfig().checkpoint.grace_s
+    assert signal == "USR1" and int(seconds) > CheckpointConfig().grace_s
     assert options["ntasks-per-node"] == "1" and "requeue" in options and options["open-mode"] == "append"
 
 
@@ -208,5 +208,5 @@ def test_the_unit_starts_again_what_saved_and_left() -> None:
     assert service["RestartForceExitStatus"].split() == [str(AGAIN), str(STOPPED)]
     assert service["SuccessExitStatus"] == str(STOPPED) and service["RestartPreventExitStatus"] == "2"
     assert service["User"] not in ("", "root", "0")
-    assert PretrainConfig().checkpoint.grace_s < torchrun._LEAVE_S < int(service["TimeoutStopSec"])
+    assert CheckpointConfig().grace_s < torchrun._LEAVE_S < int(service["TimeoutStopSec"])
     assert service["KillMode"] == "mixed", "a signal to the ranks is the command's own"
