@@ -1,7 +1,4 @@
-"""Ranks of one machine, by torchrun in a process of its own: it dies with this one, and leaves in order when this one is told to.
-
-`python -m cmacc.flows.torchrun PARENT RANKS ARGUMENTS` is that process, torch's agent; it starts RANKS times `cmacc ARGUMENTS`.
-"""
+"""Ranks of this machine, by torchrun in a process of its own: it dies with this one, and leaves in order when this one has to."""
 
 from __future__ import annotations
 
@@ -16,12 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 
+from cmacc.flows.agent import ATTENDED, FOR_FLOW, STOPPED
+
 log = logging.getLogger(__name__)
 
-STOPPED = 143
-"""Exit status of who saved and left because of a signal."""
-_AGENT = "CMACC_AGENT"
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _LEAVE_S = 60.0
 """torch's agent gives its ranks 30 s to save."""
 _LAST_LINES = 40
@@ -38,7 +33,7 @@ def rank() -> int | None:
 
 def attended() -> bool:
     """Whether `launch` started this rank: its log goes to a flow, which shows progress and draws the picture itself."""
-    return _AGENT in os.environ
+    return ATTENDED in os.environ
 
 
 def leave_with_worker() -> None:
@@ -53,7 +48,7 @@ def die_with_agent() -> None:
     """In a rank: be killed when torchrun is, which by itself leaves its ranks training on."""
     from cmacc.ingest.child import die_with
 
-    die_with(int(os.environ.get(_AGENT, os.getppid())))
+    die_with(int(os.environ.get(ATTENDED, os.getppid())))
 
 
 def launch(arguments: Sequence[str], ranks: int, look: Callable[[], object], every_s: float = 1.0) -> None:
@@ -63,9 +58,11 @@ def launch(arguments: Sequence[str], ranks: int, look: Callable[[], object], eve
     when they did, ValueError with their sentence when they refused, RuntimeError with their last lines when they failed.
     """
     parent = os.getppid()
-    command = [sys.executable, "-m", "cmacc.flows.torchrun", str(os.getpid()), str(ranks), *arguments]
+    command = [sys.executable, "-m", "cmacc.flows.agent", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "cmacc", *arguments]
     # No pipe or session of ours: what they print is no event of ours, and Ctrl-C is passed on in order. A rank is no flow run.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    environment[FOR_FLOW] = str(os.getpid())
     with subprocess.Popen(
         command,
         env=environment,
@@ -145,30 +142,3 @@ def _leave(child: subprocess.Popen[bytes]) -> int:
     if code is None:
         child.kill()  # and the ranks with it
     return child.wait()
-
-
-def _agent() -> None:
-    """torchrun, with an exit status that tells a stop from a failure."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    from cmacc.ingest.child import die_with
-
-    parent, ranks, *arguments = sys.argv[1:]
-    die_with(int(parent))
-    os.environ[_AGENT] = str(os.getpid())
-    # By itself torchrun gives each of several ranks one thread; on a CPU they share the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(ranks))))
-    given = ["--standalone", "--nproc-per-node", ranks, "--signals-to-handle", _SIGNALS, "-m", "cmacc", *arguments]
-    try:
-        run(parse_args(given))
-    except SignalException:
-        sys.exit(STOPPED)
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        sys.exit(STOPPED if STOPPED in codes and codes <= {STOPPED, -signal.SIGTERM} else 1)
-
-
-if __name__ == "__main__":
-    _agent()
