@@ -1,0 +1,107 @@
+"""What a Prefect server does by itself about lost runs: it marks them Crashed, and starts them again a few times.
+
+A run's own process sends a heartbeat every 30 s (prefect.yaml and `settings` say so). When it, its worker or its machine dies,
+the beats stop; the run would stay "Running" for ever.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from prefect.automations import AutomationCore
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+
+LOST_AFTER_S = 150
+"""Five heartbeats, so that a server that is briefly away loses nobody."""
+PENDING_S = 600
+RESTARTS = 3
+
+_PARTS = "ingest-part"
+_RESTARTED = ("ingest", "reshard", "pretrain", "evaluate")
+"""Whose flow runs continue when they are run again. Lost parts of an ingest are begun again by the ingest itself."""
+
+
+def _states(*names: str) -> set[str]:
+    return {f"prefect.flow-run.{name}" for name in names}
+
+
+_ENDS = _states("Completed", "Failed", "Cancelled", "Crashed")
+_AFTER_PENDING = _ENDS | _states(
+    "Running", "Retrying", "Scheduled", "AwaitingRetry", "AwaitingConcurrencySlot", "Late", "Cancelling"
+)
+
+
+def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> list[AutomationCore]:
+    """The automations, none of them on the server yet. restarts: of one flow run, at most; 0 leaves lost runs Crashed."""
+    each_run = {"prefect.resource.id"}
+    lost = EventTrigger(
+        posture=Posture.Proactive,
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        match_related=_of_flows(*_RESTARTED, _PARTS),
+        for_each=each_run,
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat"} | _ENDS,
+        within=timedelta(seconds=lost_after_s),
+    )
+    never_begun = EventTrigger(
+        posture=Posture.Proactive,
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        # A pod may wait for its node for hours; a process may not.
+        match_related=[_of_flows(*_RESTARTED, _PARTS), _related("work-pool", "local")],
+        for_each=each_run,
+        after={"prefect.flow-run.Pending"},
+        expect=_AFTER_PENDING,
+        within=timedelta(seconds=max(PENDING_S, lost_after_s)),
+    )
+    crashed = EventTrigger(
+        posture=Posture.Reactive,
+        match=ResourceSpecification(
+            {
+                "prefect.resource.id": "prefect.flow-run.*",
+                # How often it has begun. 0: it was lost before it did, which costs nothing.
+                "prefect.run-count": [str(begun) for begun in range(restarts + 1)],
+            }
+        ),
+        # Without a deployment nobody would take it up.
+        match_related=[_of_flows(*_RESTARTED), ResourceSpecification({"prefect.resource.role": "deployment"})],
+        for_each=each_run,
+        expect={"prefect.flow-run.Crashed"},
+    )
+    mark = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"no sign of life for {lost_after_s} s")
+    drop = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="its worker took it and never began")
+    again = ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="started again after a crash")
+    return [
+        AutomationCore(name="cmacc: lost runs are Crashed", trigger=lost, actions=[mark]),
+        AutomationCore(name="cmacc: runs that never begin are Crashed", trigger=never_begun, actions=[drop]),
+        AutomationCore(
+            name="cmacc: Crashed runs start again",
+            description=f"At most {restarts} times.",
+            trigger=crashed,
+            actions=[again],
+            enabled=restarts > 0,
+        ),
+    ]
+
+
+def ensure(client: SyncPrefectClient, wanted: list[AutomationCore]) -> None:
+    """Make the server's automations these: one of each name, changed where it differs. A second time does nothing."""
+    for automation in wanted:
+        first, *others = client.read_automations_by_name(automation.name) or [None]
+        if first is None:
+            client.create_automation(automation)
+        else:
+            client.update_automation(first.id, automation)
+        for other in others:
+            client.delete_automation(other.id)
+
+
+def _of_flows(*names: str) -> ResourceSpecification:
+    return _related("flow", *names)
+
+
+def _related(role: str, *names: str) -> ResourceSpecification:
+    return ResourceSpecification({"prefect.resource.role": role, "prefect.resource.name": list(names)})
