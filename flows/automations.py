@@ -71,9 +71,10 @@ def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> l
         for_each=each_run,
         expect={"prefect.flow-run.Crashed"},
     )
-    mark = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=f"no sign of life for {lost_after_s} s")
-    drop = ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="its worker took it and never began")
-    again = ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="started again after a crash")
+    crash, again = StateType.CRASHED, StateType.SCHEDULED
+    mark = ChangeFlowRunState(state=crash, name="Crashed", message=f"no sign of life for {lost_after_s} s", force=False)
+    drop = ChangeFlowRunState(state=crash, name="Crashed", message="its worker took it and never began", force=False)
+    retry = ChangeFlowRunState(state=again, name="AwaitingRetry", message="started again after a crash", force=False)
     return [
         AutomationCore(name="cmacc: lost runs are Crashed", trigger=lost, actions=[mark]),
         AutomationCore(name="cmacc: runs that never begin are Crashed", trigger=never_begun, actions=[drop]),
@@ -81,7 +82,7 @@ def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> l
             name="cmacc: Crashed runs start again",
             description=f"At most {restarts} times.",
             trigger=crashed,
-            actions=[again],
+            actions=[retry],
             enabled=restarts > 0,
         ),
     ]
@@ -90,12 +91,12 @@ def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> l
 def ensure(client: SyncPrefectClient, wanted: list[AutomationCore]) -> None:
     """Make the server's automations these: one of each name, changed where it differs. A second time does nothing."""
     for automation in wanted:
-        first, *others = client.read_automations_by_name(automation.name) or [None]
-        if first is None:
+        found = client.read_automations_by_name(automation.name)
+        if not found:
             client.create_automation(automation)
-        else:
-            client.update_automation(first.id, automation)
-        for other in others:
+            continue
+        client.update_automation(found[0].id, automation)
+        for other in found[1:]:
             client.delete_automation(other.id)
 
 

@@ -12,6 +12,7 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
+from pydantic import SecretStr
 
 KUBERNETES_TEMPLATE = Path("infra/kubernetes/base-job-template.json")
 TYPES = {"local": "process", "docker": "docker", "kubernetes": "kubernetes"}
@@ -49,7 +50,7 @@ def ensure(client: SyncPrefectClient, kubernetes_template: Path | None, secrets:
 
 def _default(client: SyncPrefectClient, kind: str) -> dict[str, Any]:
     """Prefect's template of a worker type, from the server's own collection: the worker's package need not be here."""
-    response = client.request("GET", "/collections/views/aggregate-worker-metadata")
+    response = client.request("GET", "/collections/views/{view}", path_params={"view": "aggregate-worker-metadata"})
     for workers in response.json().values():
         if kind in workers:
             found: dict[str, Any] = workers[kind]["default_base_job_configuration"]
@@ -83,7 +84,7 @@ def _keep(secrets: Mapping[str, str]) -> dict[str, str]:
     named = {}
     for variable, value in secrets.items():
         block = f"cmacc-{variable.lower().replace('_', '-')}"
-        Secret(value=value).save(block, overwrite=True)
+        Secret(value=SecretStr(value)).save(block, overwrite=True)
         named[variable] = f"{{{{ prefect.blocks.secret.{block} }}}}"
     return named
 

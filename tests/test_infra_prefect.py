@@ -1,13 +1,12 @@
-"""Deployments, work pools and automations: what prefect.yaml says, what `cmacc server-setup` makes of a server, and, as a long
-trial, that a run whose worker is killed is marked Crashed and goes on, but not for ever."""
+"""Deployments, work pools and automations: what prefect.yaml says, and what `cmacc server-setup` makes of a server.
+
+That a run whose worker is killed goes on by them, `test_flows_prefect` shows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,13 @@ import yaml
 from conftest import Cmacc
 from infra_files import REPOSITORY
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.types._datetime import now
-from servers import Prefect, prefect
-from test_flows_prefect import TINY, until
 from test_infra_safe import faults
-from train_data import clips, write_dataset
 
 from cmacc.flows import pools
 from cmacc.flows.automations import automations, ensure
-from cmacc.train.running.metrics import MetricsLog
 
 FLOWS = ("ingest", "ingest_part", "reshard", "pretrain", "evaluate")
 DEPLOYMENTS = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
@@ -175,50 +169,3 @@ def test_a_cluster_knows_the_variables_of_its_deployments() -> None:
     for each in DEPLOYMENTS:
         if each["name"] == "k8s":
             assert set(each["work_pool"]["job_variables"]) <= set(known)
-
-
-def runs(server: Prefect) -> list[FlowRun]:
-    """What a client with the server's password reads: Prefect's own settings of this process know neither."""
-    import httpx
-
-    answer = httpx.post(f"{server.environment['PREFECT_API_URL']}/flow_runs/filter", json={}, auth=("cmacc", "of the trial"))
-    return [FlowRun.model_validate(run) for run in answer.raise_for_status().json()]
-
-
-@pytest.mark.long
-def test_a_run_whose_worker_is_killed_goes_on_so_often_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 of worker and run, on a server with a password: Crashed, then the same run goes on under the next worker.
-
-    Killed again, it stays Crashed, for one restart was allowed.
-    """
-    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "cmacc:of the trial")
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cmacc:of the trial")
-    data, run = write_dataset(tmp_path / "data", clips()).url, tmp_path / "run"
-    options = TINY | {"steps": 100_000, "log_every": 1, "eval_every": 100_000, "checkpoint.steps": 5, "loader.threads": 1}
-
-    def steps() -> int:
-        return sum("loss/total" in record for record in MetricsLog.read(run / "metrics.jsonl"))
-
-    with prefect(tmp_path) as server:
-        server.call("prefect", "work-pool", "create", "local", "--type", "process")
-        said = server.call("prefect", "--no-prompt", "deploy", "--all", code=1)
-        assert "'docker' which does not exist" in " ".join(said.split())
-        assert "pretrain/local" in server.call("prefect", "deployment", "ls"), "those of the pool local are there nevertheless"
-        server.call("cmacc", "server-setup", "--lost-after", "75", "--restarts", "1")
-        given = {"data": data, "out": str(run), "options": options}
-        server.call(
-            "cmacc", "run", "pretrain", *(p for key, value in given.items() for p in ("-p", f"{key}={json.dumps(value)}"))
-        )
-        for number in (1, 2):
-            before = steps()
-            with server.worker(f"worker-{number}") as worker:
-                until(lambda before=before: steps() > before + 6)
-                os.killpg(worker.pid, signal.SIGKILL)
-            (one,) = runs(server)
-            assert (one.state_name, one.run_count) == ("Running", number)
-            until(lambda: runs(server)[0].state_name in (("AwaitingRetry", "Late") if number == 1 else ("Crashed",)))
-        with server.worker("worker-3"):
-            until(lambda: "started" in (tmp_path / "worker-3.log").read_text())
-            time.sleep(10)  # it asks for work every second
-            (one,) = runs(server)
-            assert (one.state_name, one.run_count) == ("Crashed", 2)
