@@ -1,6 +1,6 @@
 """What a Prefect server does by itself about lost runs: it marks them Crashed, and starts them again a few times.
 
-A run's own process sends a heartbeat every 30 s (prefect.yaml and `settings` say so). When it, its worker or its machine dies,
+A run's own process sends a heartbeat every 30 s, as prefect.yaml and `settings` say. When it, its worker or its machine dies,
 the beats stop; the run would stay "Running" for ever.
 """
 
@@ -15,24 +15,30 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-LOST_AFTER_S = 150
-"""Five heartbeats, so that a server that is briefly away loses nobody."""
-PENDING_S = 600
-RESTARTS = 3
+from cmacc.flows.settings import LOST_AFTER_S, RESTARTS
 
+_PENDING_S = 600
 _PARTS = "ingest-part"
 _RESTARTED = ("ingest", "reshard", "pretrain", "evaluate")
 """Whose flow runs continue when they are run again. Lost parts of an ingest are begun again by the ingest itself."""
 
 
-def _states(*names: str) -> set[str]:
-    return {f"prefect.flow-run.{name}" for name in names}
-
-
-_ENDS = _states("Completed", "Failed", "Cancelled", "Crashed")
-_AFTER_PENDING = _ENDS | _states(
-    "Running", "Retrying", "Scheduled", "AwaitingRetry", "AwaitingConcurrencySlot", "Late", "Cancelling"
-)
+_QUIET = {
+    f"prefect.flow-run.{state}"
+    for state in (
+        "Completed",
+        "Failed",
+        "Cancelled",
+        "Crashed",
+        "TimedOut",
+        "AwaitingRetry",
+        "Scheduled",
+        "Late",
+        "Paused",
+        "Suspended",
+    )
+}
+"""After these nobody beats, and nobody is lost. (Not Running: that event may come after the first heartbeat.)"""
 
 
 def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> list[AutomationCore]:
@@ -44,7 +50,7 @@ def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> l
         match_related=_of_flows(*_RESTARTED, _PARTS),
         for_each=each_run,
         after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat"} | _ENDS,
+        expect={"prefect.flow-run.heartbeat"} | _QUIET,
         within=timedelta(seconds=lost_after_s),
     )
     never_begun = EventTrigger(
@@ -54,8 +60,8 @@ def automations(lost_after_s: int = LOST_AFTER_S, restarts: int = RESTARTS) -> l
         match_related=[_of_flows(*_RESTARTED, _PARTS), _related("work-pool", "local")],
         for_each=each_run,
         after={"prefect.flow-run.Pending"},
-        expect=_AFTER_PENDING,
-        within=timedelta(seconds=max(PENDING_S, lost_after_s)),
+        expect={"prefect.flow-run.*"},
+        within=timedelta(seconds=max(_PENDING_S, lost_after_s)),
     )
     crashed = EventTrigger(
         posture=Posture.Reactive,

@@ -9,14 +9,15 @@ from typing import Annotated
 import typer
 
 from cmacc.flows.console import app, out_console
+from cmacc.flows.settings import LOST_AFTER_S, RESTARTS
 
 
 @app.command("server-setup", epilog="Example: [bold]cmacc server-setup && prefect deploy --all[/bold]")
 def server_setup(
     lost_after: Annotated[
         int, typer.Option(help="Seconds without a sign of life after which a run is Crashed; a run gives one every 30 s.", min=60)
-    ] = 150,
-    restarts: Annotated[int, typer.Option(help="How often a Crashed run is started again.", min=0)] = 3,
+    ] = LOST_AFTER_S,
+    restarts: Annotated[int, typer.Option(help="How often a Crashed run is started again.", min=0)] = RESTARTS,
     secret: Annotated[
         list[str] | None,
         typer.Option(help="Environment variable that containers of the pool `docker` get, kept as a Secret block; repeatable."),

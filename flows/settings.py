@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+LOST_AFTER_S = 150
+"""Five heartbeats of a run, so that a server that is briefly away loses nobody."""
+RESTARTS = 3
+
 _DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
