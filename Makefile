@@ -58,7 +58,7 @@ study: .venv/.ready
 
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/.ready
-	$(BIN)/uv pip compile --quiet --universal --group dev pyproject.toml --no-header --no-annotate --no-emit-index-url --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --group dev --extra train pyproject.toml --no-header --no-annotate --no-emit-index-url --output-file requirements.lock
 
 clean:
 	rm -rf .venv runs build dist

@@ -21,6 +21,7 @@ from cmacc.flows import (
     cli_encoders,  # noqa: F401
     cli_evaluate,  # noqa: F401
     cli_report,  # noqa: F401
+    cli_server,  # noqa: F401
     cli_train,  # noqa: F401
     settings,
     torchrun,
@@ -29,6 +30,8 @@ from cmacc.flows.console import app, call_flow, err_console, escape, out_console
 
 _AFTER_RANK_0_S = 3.0
 """What all ranks refuse, rank 0 says; by then torchrun has ended the others. What one of them alone refuses, it says."""
+_OF_TRAIN = ("torch", "torchaudio", "torchvision", "nvidia", "matplotlib", "safetensors", "scipy", "sklearn")
+"""What the extra `train` brings; an image that ingests goes without."""
 _LISTS, _CLIPS, _SITES, _WORK = "What the lists mean", "What a clip is", "How sites are treated", "How the work is done"
 
 
@@ -79,6 +82,8 @@ def _hush() -> None:
 
 def _sentence(error: Exception) -> str:
     """An error's own words, but for what the operating system says of a file, or of memory: there the mend is missing."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed, and what trains needs it; pip install 'cmacc[train]', or take the trainer's image"
     if isinstance(error, MemoryError):
         said = f"there is not enough memory ({str(error) or 'nothing is left'})"
         return f"{said}; give smaller numbers, as of loader.batch, loader.ahead, loader.streams and view.frames"
@@ -98,6 +103,8 @@ def _is_refusal(error: Exception) -> bool:
 
     if isinstance(error, (ValueError, OSError, MemoryError, FloatingPointError, IngestFailure, DatasetError)):
         return True
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "").partition(".")[0] in _OF_TRAIN
     return type(error).__name__ in ("CheckpointError", "ParameterTypeError")
 
 
@@ -300,7 +307,7 @@ _IN_ORDER = {
     "Get clips": ("sample-world", "ingest", "status", "index"),
     "Work with data sets": ("reshard", "inspect", "lint", "extract", "embed", "search"),
     "Train": ("recipes", "bench", "pretrain", "replay", "evaluate", "report", "export"),
-    "All of it": ("run", "demo"),
+    "All of it": ("run", "server-setup", "demo"),
 }
 
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmacc.flows.progress import progress, table
 from cmacc.flows.tracked import tracked
 from cmacc.shards.dataset import Dataset
 from cmacc.shards.options import change
-from cmacc.train.evaluation.baselines import untrained
-from cmacc.train.evaluation.clips import retrieve
-from cmacc.train.evaluation.files import EvaluationConfig, evaluate_files, weights
-from cmacc.train.evaluation.finetune import FinetuneConfig
-from cmacc.train.evaluation.labelled import LAYOUTS, read_labelled
-from cmacc.train.evaluation.pictures import draw
-from cmacc.train.evaluation.protocols import PROTOCOLS
-from cmacc.train.evaluation.results import Result, results_folder, write
-from cmacc.train.export.trained import Trained, load_trained
-from cmacc.train.loading.loader import LoaderConfig
+
+# What scores brings torch; who only puts the flow on a server need not have it.
+if TYPE_CHECKING:
+    from cmacc.train.evaluation.files import EvaluationConfig
+    from cmacc.train.evaluation.results import Result
+    from cmacc.train.export.trained import Trained
+    from cmacc.train.loading.loader import LoaderConfig
 
 RETRIEVAL = "retrieval"
 
@@ -51,6 +48,15 @@ def evaluate(
     features.zarr in it).
     Raises ValueError, CheckpointError or DatasetError with one sentence.
     """
+    from cmacc.train.evaluation.files import EvaluationConfig, evaluate_files
+    from cmacc.train.evaluation.finetune import FinetuneConfig
+    from cmacc.train.evaluation.labelled import read_labelled
+    from cmacc.train.evaluation.pictures import draw
+    from cmacc.train.evaluation.protocols import PROTOCOLS
+    from cmacc.train.evaluation.results import results_folder, write
+    from cmacc.train.export.trained import load_trained
+    from cmacc.train.loading.loader import LoaderConfig
+
     asked = tuple(PROTOCOLS if protocols is None else protocols)
     if options and not finetune:
         raise ValueError(f"option {next(iter(options))!r} is of fine-tuning; give --finetune, too")
@@ -81,6 +87,8 @@ def evaluate(
 
 
 def _known(on: Sequence[str]) -> Sequence[str]:
+    from cmacc.train.evaluation.labelled import LAYOUTS
+
     layouts = f"{', '.join(f'{name}:DIR' for name in LAYOUTS)} or {RETRIEVAL}:DATASET"
     if not on:
         raise ValueError(f"there is nothing to evaluate on; give --on {layouts}")
@@ -94,6 +102,10 @@ def _known(on: Sequence[str]) -> Sequence[str]:
 def _retrieval(
     trained: Trained, loader: LoaderConfig, data: str, split: str, gallery: str, clips: int, config: EvaluationConfig
 ) -> list[Result]:
+    from cmacc.train.evaluation.baselines import untrained
+    from cmacc.train.evaluation.clips import retrieve
+    from cmacc.train.evaluation.files import weights
+
     encoders = {"trained": (trained.video, trained.audio)}
     if config.baselines:
         encoders["random"] = untrained(trained.encoders, "video", config.seed), untrained(trained.encoders, "audio", config.seed)

@@ -58,13 +58,15 @@ def ingest_parts(home: Path, plan: Plan, ledger: Ledger, of: int, tell: Tell) ->
     if not os.environ.get("PREFECT_API_URL"):
         raise ValueError("parts need a Prefect server and its workers; set PREFECT_API_URL, or leave --parts away")
     from prefect.client.orchestration import get_client
+    from prefect.runtime import deployment as own
 
     from cmacc.flows.deployments import resolve
 
     home = home.resolve()
     before, _ = ledger.count_todo()
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(resolve(FLOW)).id
+        # parts of an ingest in a cluster belong in the cluster too
+        deployment = client.read_deployment_by_name(f"{FLOW}/{own.name}" if own.name else resolve(FLOW)).id
         runs = _Runs(home, of, client, deployment, plan.config.lost_after_s)
         waiting = {
             number for number in range(of) if ledger.count_todo(Part(number, of))[0] or _folder(home, Part(number, of)).exists()

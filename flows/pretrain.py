@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmacc.flows import torchrun
 from cmacc.flows.curves import show_curves
@@ -16,8 +16,11 @@ from cmacc.flows.progress import Tell, progress, table
 from cmacc.flows.tracked import tracked, under_prefect
 from cmacc.shards.errors import DatasetError
 from cmacc.shards.place import place
-from cmacc.train.config import PretrainConfig, change, recipe
 from cmacc.train.running.metrics import MetricsLog
+
+# What trains brings torch; who only puts the flow on a server need not have it.
+if TYPE_CHECKING:
+    from cmacc.train.config import PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ def pretrain(
     Returns the last held-out numbers and the mean speed; nothing on ranks other than 0. Raises ValueError with one sentence
     for a wrong option; `Preempted` or `torchrun.Stopped` when the run saved and left because of a signal.
     """
+    from cmacc.train.config import change, recipe
+
     data, options = [data] if isinstance(data, str) else list(data), options or {}
     config = change(recipe(recipe_name), options)
     if ranks < 0:

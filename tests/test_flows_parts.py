@@ -117,7 +117,7 @@ def test_two_workers_share_one_ingest_and_one_dies(world: World, unbroken: dict[
     home = tmp_path / "data"
     with prefect(tmp_path) as server, served(world.root) as (url, asked):
         server.call("prefect", "work-pool", "create", "local", "--type", "process")
-        server.call("prefect", "deploy", "--all")
+        server.call("prefect", "deploy", "--name", "ingest-part/local")
         with server.worker("worker-1", limit=1) as first, server.worker("worker-2", limit=1):
             flow = start(server, world, home, url)
             until(lambda: len(asked) >= 4 and len(list(home.glob("parts/*/alive"))) == 2, flow)

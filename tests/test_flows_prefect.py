@@ -36,8 +36,9 @@ def test_four_deployments_on_a_real_server(tmp_path: Path) -> None:
             server.call("cmacc", "run", name, "--watch", *given)
 
         assert "no deployment of 'ingest'" in server.call("cmacc", "run", "ingest", code=1)
-        server.call("prefect", "work-pool", "create", "local", "--type", "process")
+        server.call("cmacc", "server-setup")
         server.call("prefect", "deploy", "--all")
+        assert "evaluate/k8s" in server.call("prefect", "deployment", "ls"), "it needs neither Docker nor a cluster"
         with server.worker():
             lists = [f"train={world.train_manifest}", f"eval={world.eval_manifest}"]
             run("ingest", manifests=lists, url_template=str(world.root / "media" / "{id}.mp4"), out=data, short_side=48, fps=8)
@@ -74,7 +75,7 @@ def test_pretraining_goes_on_after_its_worker_died(tmp_path: Path) -> None:
 
     with prefect(tmp_path) as server:
         server.call("prefect", "work-pool", "create", "local", "--type", "process")
-        server.call("prefect", "deploy", "--all")
+        server.call("prefect", "deploy", "--name", "pretrain/local")
         again = [f"{name}={json.dumps(value)}" for name, value in {"data": data, "out": str(run), "options": options}.items()]
         begin = ["cmacc", "run", "pretrain", *(part for each in again for part in ("-p", each))]
         with server.worker("worker-1") as first:
