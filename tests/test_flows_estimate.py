@@ -161,6 +161,11 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    assert "Example: cmacc plan --clips 2000000 --recipe paper --gpu h100" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--clips", "2000000", "--recipe", "paper", "--gpu", "h100", "--price-gpu-hour", "3")
     assert command(monkeypatch, *asked) == 0

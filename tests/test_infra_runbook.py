@@ -43,9 +43,8 @@ def commands() -> Iterator[list[str]]:
     lines = [line for _, code in FENCED.findall(TEXT) for line in code.replace("\\\n", " ").splitlines()]
     for line in [*lines, *SPANS]:
         for part in re.split(r"&&|;| & *$", line):
-            words = shlex.split(part, comments=True)
-            if words[:1] == ["cmacc"]:
-                yield words[1:]
+            if part.strip().startswith("cmacc "):
+                yield shlex.split(part, comments=True)[1:]
 
 
 def anchors(page: Path) -> set[str]:
@@ -106,7 +105,7 @@ def test_deployments_exist() -> None:
         f"{entry['entrypoint'].rpartition(':')[2].replace('_', '-')}/{entry['name']}"
         for entry in yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
     }
-    named = re.findall(r"cmacc run (\S+/\S+)", TEXT)
+    named = re.findall(r"cmacc run ([\w-]+/[\w-]+)", TEXT)
     assert named and [name for name in named if name not in known] == []
 
 
