@@ -20,6 +20,7 @@ from cmacc.flows import (
     cli_data,  # noqa: F401  its commands join the app
     cli_encoders,  # noqa: F401
     cli_evaluate,  # noqa: F401
+    cli_plan,  # noqa: F401
     cli_report,  # noqa: F401
     cli_server,  # noqa: F401
     cli_train,  # noqa: F401
@@ -304,7 +305,7 @@ def demo(
 
 
 _IN_ORDER = {
-    "Get clips": ("sample-world", "ingest", "status", "index"),
+    "Get clips": ("plan", "sample-world", "ingest", "status", "index"),
     "Work with data sets": ("reshard", "inspect", "lint", "extract", "embed", "search"),
     "Train": ("recipes", "bench", "pretrain", "replay", "evaluate", "report", "export"),
     "All of it": ("run", "server-setup", "demo"),

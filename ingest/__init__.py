@@ -13,7 +13,7 @@ from cmacc.ingest.checks import Checks
 from cmacc.ingest.config import IngestConfig
 from cmacc.ingest.cut import Limits
 from cmacc.ingest.fetch import FetchOptions, fetched
-from cmacc.ingest.gate import Gate, Pace
+from cmacc.ingest.gate import GUEST_VIDEOS_PER_HOUR, WEB_CLIENT_VIDEOS_PER_HOUR, Gate, Pace
 from cmacc.ingest.manifest import BadRow, ClipRequest, Manifest, read_manifest
 from cmacc.ingest.outcome import Outcome, SourceVideo
 from cmacc.ingest.source import Media
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cmacc.ingest.ledger import Counts, Ledger, Part, Totals
 
 __all__ = [
+    "GUEST_VIDEOS_PER_HOUR",
+    "WEB_CLIENT_VIDEOS_PER_HOUR",
     "BadRow",
     "Cause",
     "Checks",

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 GUEST_VIDEOS_PER_HOUR = 300.0
 """What YouTube lets a guest session have; beyond it the session is refused everything for about an hour."""
+WEB_CLIENT_VIDEOS_PER_HOUR = 1000.0
+"""What yt-dlp's wiki ("Extractors") says of a session that uses YouTube's web client alone, with a PO token."""
 
 Turn = Callable[[str, float], float]
 """(host, seconds between two videos) to the Unix time of this one's turn."""

@@ -71,8 +71,8 @@ def cmacc(job: Job) -> dict[str, Cost]:
     manifest = job.folder / "clips.csv"
     manifest.write_text("\n".join(["id,start,end", *rows]) + "\n")
     arguments = [manifest, "--out", job.folder / "data", "--workers", WORKERS, "--url-template", f"{job.url}/{{id}}.mp4"]
-    whole = _run([COMMAND, "ingest", *arguments])
-    start = _run([COMMAND, "ingest", *arguments])
+    whole = run([COMMAND, "ingest", *arguments])
+    start = run([COMMAND, "ingest", *arguments])
     made = len(Dataset.open(job.folder / "data"))
     if made < len(rows):
         print(f"    cmacc: only {made} of {len(rows)} clips could be made")
@@ -122,7 +122,8 @@ def video2dataset(job: Job) -> dict[str, Cost]:
     return {"video2dataset, its start not counted": Cost(told["seconds"], math.nan)}
 
 
-def _run(command: Sequence[object]) -> Cost:
+def run(command: Sequence[object]) -> Cost:
+    """Of a command and all that it starts. Raises RuntimeError when it fails."""
     before, began = _children_s(), time.perf_counter()
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

@@ -65,13 +65,23 @@ PEAK_TFLOPS = {
 }
 
 
+def gpu_name(text: str) -> str | None:
+    """The GPU of `PEAK_TFLOPS` that is meant, by what `torch.cuda.get_device_name` says or as people write it, as `h100-pcie`.
+
+    None for one that is not there.
+    """
+    said = text.replace("-", " ").replace("_", " ")
+    return next((name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", said, re.IGNORECASE)), None)
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that a device of this name (`torch.cuda.get_device_name`) could do in `precision`, "bf16" or "float32".
 
     None where that is not known.
     """
-    for name, (bf16, float32) in PEAK_TFLOPS.items():
-        if re.search(rf"\b{name}\b", device_name):
-            peak = bf16 if precision == "bf16" else float32
-            return None if peak is None else peak * 1e12
-    return None
+    name = gpu_name(device_name)
+    if name is None:
+        return None
+    bf16, float32 = PEAK_TFLOPS[name]
+    peak = bf16 if precision == "bf16" else float32
+    return None if peak is None else peak * 1e12
