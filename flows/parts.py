@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 FLOW = "ingest-part"
 _LOOK_EVERY_S = 2.0
 _BEAT_S = 2.0
+_BEGIN_S = (
+    60.0  # that a worker may need, besides, from taking a run to running it: a process has to start, an image perhaps to come
+)
 _TRIES = 3  # of a part that fails without getting anything done
 
 
@@ -147,11 +150,7 @@ class _Runs:
         state = found.state
         (self.running.add if state is not None and state.is_running() else self.running.discard)(number)
         if state is None or not state.is_final():
-            if (
-                state is not None
-                and state.is_running()
-                and _silent_s(_folder(self.home, part), found.start_time) > self.lost_after_s
-            ):
+            if state is not None and self._lost(part, state, found.start_time):
                 log.warning("part %d of %d: its worker is lost; beginning it again", number, self.of)
                 from prefect.states import Crashed
 
@@ -166,6 +165,12 @@ class _Runs:
             raise ValueError(f"part {number} of {self.of} fails again and again ({state.message}); see its flow run {found.name}")
         self._start(number, ledger)
         return False
+
+    def _lost(self, part: Part, state: Any, start: Any) -> bool:
+        """Whether the worker that took the run is gone: running without a sign of life, or taken and never begun."""
+        if state.is_running():
+            return _silent_s(_folder(self.home, part), start) > self.lost_after_s
+        return state.is_pending() and time.time() - state.timestamp.timestamp() > self.lost_after_s + _BEGIN_S
 
     def _start(self, number: int, ledger: Ledger) -> None:
         run, part = self.runs[number], Part(number, self.of)
