@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 from hosts import Host
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""Where commands run: prefect.toml and prefect.yaml are read from there."""
 _MARK = "CMACC_REHEARSAL_HOST"
 _PR_SET_CHILD_SUBREAPER = 36
 _LEAVE_S = 20.0
@@ -60,7 +62,7 @@ class Processes:
         with self.log(name).open("ab") as log, self._lock:
             process = subprocess.Popen(
                 host.command(command), env={**environment, _MARK: f"{self._id}/{host.name}"}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
+                stdout=log, stderr=log, cwd=REPOSITORY, start_new_session=True,
             )  # fmt: skip
             self._started.append(process)
         return process

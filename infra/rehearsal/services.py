@@ -17,7 +17,6 @@ from pathlib import Path
 from hosts import Host
 from processes import Processes
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 POOL = "local"  # as prefect.yaml names it
 _POSTGRES, _S3, _PREFECT, _HTTP = 5432, 9000, 4200, 8080
