@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +46,11 @@ class Gang:
         if failed:
             raise RuntimeError(f"{failed[0]} does not come through:\n{self.services.processes.said(self.name)}")
 
+    @property
+    def lives(self) -> int:
+        """How often torchrun was started, on all hosts together."""
+        return sum(node.lives for node in self._nodes.values())
+
     def power_off(self, host: str) -> None:
         """Before its processes are killed: it does not start again by itself."""
         self._nodes[host].powered.clear()
@@ -56,11 +60,11 @@ class Gang:
 
 
 class _Node(threading.Thread):
-    """powered: whether the machine is there; failed: it was started again too often."""
+    """powered: whether the machine is there; lives: how often torchrun was started; failed: too often."""
 
     def __init__(self, services: Services, host: Host, command: list[object], log: str) -> None:
         super().__init__(name=host.name, daemon=True)
-        self.services, self.host, self.failed = services, host, False
+        self.services, self.host, self.lives, self.failed = services, host, 0, False
         self._command, self._log = command, log
         self.powered, self.ended = threading.Event(), threading.Event()
         self.powered.set()
@@ -71,7 +75,8 @@ class _Node(threading.Thread):
             while not self.powered.wait(0.2):
                 if self.ended.is_set():
                     return
-            process: subprocess.Popen[bytes] = self.services.processes.start(
+            self.lives += 1
+            process = self.services.processes.start(
                 self.host, self._log, self._command, {**self.services.environment, **interface}
             )
             if process.wait() == 0 or self.ended.wait(_AGAIN_S):

@@ -88,18 +88,18 @@ class Processes:
 
 def processor_s() -> float:
     """Seconds of processor time of this process and of all that it started and that has ended."""
-    own, others = os.times(), 0.0
-    return own.user + own.system + own.children_user + own.children_system + others
+    return sum(os.times()[:4])
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as Ctrl-C does: what has to be ended with it is."""
+    """Ctrl-C (which a shell has background jobs ignore), SIGTERM and SIGHUP end this process in order: all that has to be ended
+    with it is."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    former = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

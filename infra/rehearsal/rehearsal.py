@@ -18,12 +18,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from evidence import differences, unfinished
 from hosts import Host, make_hosts
 from processes import Processes, ended_by_signals, processor_s
+from schedule import change_of_ranks, schedule
 
 HOSTS = ("desk", "postgres", "s3", "prefect", "site", "worker-1", "worker-2", "node-1", "node-2")
-CLIPS, EVAL_CLIPS, CLIP_S, CLIPS_PER_FILE = 96, 24, 2.0, 4
+WORLD = {"clips": 96, "eval_clips": 24, "clip_s": 2.0, "clips_per_file": 4}
+WORKERS, NODES = ("worker-1", "worker-2"), {"node-1": 1, "node-2": 1}
 _SETTLE_S = 90.0
 
 
@@ -32,70 +36,62 @@ def tell(text: str) -> None:
 
 
 def rehearse(seed: int, folder: Path, hosts: dict[str, Host]) -> list[str]:
-    """All of it; what differs in the end, a sentence each."""
-    import table
-    from evidence import differences, unfinished
-    from schedule import change_of_ranks, schedule
+    """All of it, told as it goes; what differs in the end, a sentence each."""
+    import table  # these load what is large, and what may start threads
     from services import Services
     from story import BUCKET, STEPS, Play
 
     from cmacc.ingest.world import WorldConfig, render_world
 
-    config = WorldConfig(clips=CLIPS, eval_clips=EVAL_CLIPS, clip_s=CLIP_S, clips_per_file=CLIPS_PER_FILE, seed=seed)
-    world = render_world(folder / "world", config, workers=2)
+    world = render_world(folder / "world", WorldConfig(**WORLD, seed=seed), workers=2)  # type: ignore[arg-type]
+    whole = {"ingest": world.clips, "pretrain": STEPS}
     tell(f"{world.clips} clips in {world.files} files of a sample world")
     with Processes(folder / "logs") as processes:
         services = Services(hosts, processes, folder)
-        os.environ["PGPASSWORD"] = services.environment["PGPASSWORD"]  # for what is read here
+        os.environ["PGPASSWORD"] = services.environment["PGPASSWORD"]  # for the ledger that is read here
         services.start(["undisturbed", "disturbed"], [BUCKET])
-        url_template = services.start_site(world.root)
-        for worker in ("worker-1", "worker-2"):
+        template = services.start_site(world.root)
+        for worker in WORKERS:
             services.start_worker(worker)
         tell("PostgreSQL, S3, the Prefect server, two workers and the site are up")
         lists = [f"train={world.train_manifest}", f"eval={world.eval_manifest}"]
-        calm, rough = (Play(services, name, lists, url_template) for name in ("undisturbed", "disturbed"))
-        kills = schedule(seed, CLIPS + EVAL_CLIPS, STEPS)
-        two = {"node-1": 1, "node-2": 1}
-        for play, befalls in ((calm, []), (rough, kills)):
-            play.ingest([kill for kill in befalls if kill.phase == "ingest"])
+        calm, rough = (Play(services, name, lists, template) for name in ("undisturbed", "disturbed"))
+        for play, kills in ((calm, []), (rough, schedule(seed, world.clips, STEPS))):
+            play.ingest([kill for kill in kills if kill.phase == "ingest"])
             play.reshard()
-            play.pretrain("pretrain", two, [kill for kill in befalls if kill.phase == "pretrain"])
-            tell(f"{play.name}: " + ", ".join(f"{what} {seconds:.0f} s" for what, seconds in play.seconds.items()))
-
+            play.pretrain("pretrain", NODES, [kill for kill in kills if kill.phase == "pretrain"])
+            tell(f"{play.name}: through")
         changed = change_of_ranks(seed, STEPS)
-        calm.pretrain("elastic", two, until=changed)
+        calm.pretrain("elastic", NODES, until=changed)
         calm.pretrain("elastic", {"node-1": 3})
-
-        a, b = calm.evidence("pretrain"), rough.evidence("pretrain")
-        found = [
-            sentence
-            for what in ("clips", "shards", "curve", "weights")
-            for sentence in differences(getattr(a, what), getattr(b, what), what)
-        ]
-        wanted, elastic = calm.batches("pretrain"), calm.batches("elastic")
-        found += differences(wanted, elastic, "batches after a change of ranks")
-        left = _settled(services.prefect_url, unfinished)
-        found += [f"flow run {name} was left" for name in left]
-        addresses = {name: host.address for name, host in hosts.items()}
-        tell("")
-        tell(table.kills(rough.struck, addresses, {"ingest": CLIPS + EVAL_CLIPS, "pretrain": STEPS}, found))
-        tell("")
-        tell(
-            f"the same in both: {len(a.clips)} members of {CLIPS + EVAL_CLIPS} clips, {len(a.shards)} shards, "
-            f"{len(a.curve)} records of {STEPS} steps, all weights; "
-            f"2 ranks to step {changed}, then 3: the same {len(wanted)} global batches; no flow run is left unfinished"
-            if not found
-            else "\n".join(["different:", *found])
+        tell(f"2 ranks killed after step {changed}, 3 went on: through")
+        found = compare(calm, rough) + [f"flow run {name} was left" for name in _settled(services.prefect_url)]
+        tell("\n" + table.kills(rough.struck, {name: host.address for name, host in hosts.items()}, whole, found))
+        tell("\n" + table.costs({play.name: play.costs for play in (calm, rough)}))
+        counts = calm.evidence("pretrain")
+        same = (
+            f"the same in both: {world.clips} clips ({len(counts.clips)} members), {len(counts.shards)} shards, the numbers of "
         )
+        same += f"{STEPS} steps, all weights; with another number of ranks the same batches; no flow run is left unfinished"
+        tell("\n" + ("\n".join(["different:", *found]) if found else same))
     return found
 
 
-def _settled(url: str, unfinished: object) -> list[str]:
-    assert callable(unfinished)
+def compare(calm: Any, rough: Any) -> list[str]:
+    """What two plays differ in, and what a change of ranks has done to the global batches."""
+    a, b = calm.evidence("pretrain"), rough.evidence("pretrain")
+    found = []
+    for what in ("clips", "shards", "curve", "weights"):
+        found += differences(getattr(a, what), getattr(b, what), what)
+    return found + differences(calm.batches("pretrain"), calm.batches("elastic"), "after a change of ranks")
+
+
+def _settled(url: str) -> list[str]:
+    """Flow runs that come to no end, though they be waited for."""
     deadline = time.monotonic() + _SETTLE_S
     while (left := unfinished(url)) and time.monotonic() < deadline:
         time.sleep(2)
-    return list(left)
+    return left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,13 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with ended_by_signals():
-        hosts, said = make_hosts(HOSTS, given.loopback)
+        hosts, said = make_hosts(HOSTS, given.loopback)  # before any thread is there
         tell(f"seed {given.seed}; {said}")
         try:
             found = rehearse(given.seed, folder, hosts)
-        except KeyboardInterrupt:
-            tell("stopped")
-            return 130
         except RuntimeError as error:
             tell(f"the rehearsal did not come through: {error}\nlogs are in {folder / 'logs'}")
             return 1

@@ -35,19 +35,19 @@ _RECIPE: dict[str, object] = {
     "checkpoint.keep": STEPS, "objective.share_start": 6, "objective.share_ramp": 12, "distributed.checksum_every": 1,
     "log.tensorboard": "false",
 }  # fmt: skip
-_LIVES = 20
+_LIVES = 5
 
 
 @dataclass
 class Play:
-    """One run of it all. name: of its data and runs; kills: what befalls it."""
+    """One run of it all. name: of its data and runs; struck: the kills that befell it; costs: what it took, by name."""
 
     services: Services
     name: str
     lists: Sequence[str]
     url_template: str
     struck: list[Struck] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.home = self.services.folder / self.name
@@ -67,12 +67,14 @@ class Play:
         options = [part for name, value in _INGEST.items() for part in (f"--{name.replace('_', '-')}", value)]
         options += [part for name, value in _INGEST_SET.items() for part in ("--set", f"{name}={value}")]
         command = ["cmacc", "ingest", *self.lists, "--out", self.home / "data", "--url-template", self.url_template]
+        before = self.services.site_requests()
         with (
             closing(Ledger(where)) as ledger,
             striking(self.services, kills, lambda: ledger.counts().done, self.struck),
             self._timed("ingest"),
         ):
-            self.services.call(*command, "--ledger", where, *options, tries=_LIVES)
+            self.costs["ingest, commands given"] = self.services.call(*command, "--ledger", where, *options, tries=_LIVES)
+        self.costs["ingest, requests to the site"] = self.services.site_requests() - before
 
     def reshard(self) -> None:
         """To the bucket, and there into shards of another cut and order."""
@@ -86,16 +88,26 @@ class Play:
         options = {**_RECIPE, "checkpoint.at": f"{self.url}/{run}"}
         command = ["pretrain", f"{self.url}/shards", "--out", self.home / run, "--recipe", "small-cpu"]
         command += [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+        last = again = 0
+
+        def enough() -> bool:
+            nonlocal last, again
+            now = self.steps(run)
+            last, again = now, again + max(0, last - now)  # a continued run drops what was logged past its checkpoint
+            return bool(until) and now >= until
+
         with self._timed(run):
             gang = Gang(self.services, nodes, f"{self.name}-{run}", command)
             with striking(self.services, kills, lambda: self.steps(run), self.struck, gang):
-                gang.run(lambda: bool(until) and self.steps(run) >= until)
+                gang.run(enough)
+        self.costs[f"{run}, torchrun started"] = gang.lives
+        self.costs[f"{run}, steps taken"] = self.steps(run) + again
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - began
+        self.costs[f"{what}, seconds"] = round(time.monotonic() - began)
 
     # --- what came of it ---
 

@@ -30,6 +30,13 @@ def kills(struck: Sequence[Struck], addresses: Mapping[str, str], whole: Mapping
     return columns(rows)
 
 
+def costs(plays: Mapping[str, Mapping[str, int]]) -> str:
+    """What each play took, side by side. plays: its numbers, by its name."""
+    names = dict.fromkeys(name for numbers in plays.values() for name in numbers)
+    rows = [("", *plays), *((name, *(str(numbers.get(name, "")) for numbers in plays.values())) for name in names)]
+    return columns(rows)
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of texts, set in columns; a line under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
