@@ -14,12 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID, uuid4
 
+import httpx
 import psutil
 import pytest
 from servers import BIN, REPOSITORY, Prefect, prefect
 
+from cmacc.flows import parts
 from cmacc.flows.ingest import ingest
-from cmacc.flows.parts import _Runs
 from cmacc.ingest import Ledger
 from cmacc.ingest.world import World, WorldConfig, render_world
 from cmacc.shards.dataset import Dataset
@@ -183,7 +184,7 @@ def test_a_run_that_its_worker_took_and_never_began_is_begun_again(tmp_path: Pat
 
     ledger = SimpleNamespace(count_todo=lambda part: (5, 2))
     (tmp_path / "ingest").mkdir()
-    runs = _Runs(tmp_path, 1, Server(), uuid4(), lost_after_s=10)
+    runs = parts._Runs(tmp_path, 1, Server(), uuid4(), lost_after_s=10)
     assert not runs.done(0, ledger)
     assert not runs.done(0, ledger) and len(made) == 1
     lost = UUID(runs.runs[0].id)
@@ -194,6 +195,35 @@ def test_a_run_that_its_worker_took_and_never_began_is_begun_again(tmp_path: Pat
     state = Pending(timestamp=long_ago)
     assert not runs.done(0, ledger)
     assert set_to == [(lost, "CRASHED")] and len(made) == 2 and UUID(runs.runs[0].id) != lost
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it refuses the connection or answers 503. What it refuses by right, or does for too long, is told."""
+    monkeypatch.setattr(parts, "_LOOK_EVERY_S", 0.01)
+    asked = httpx.Request("GET", "http://127.0.0.1:1")
+
+    def answer(status: int) -> httpx.HTTPStatusError:
+        return httpx.HTTPStatusError("no", request=asked, response=httpx.Response(status, request=asked))
+
+    errors: list[Exception] = [httpx.ConnectError("refused"), answer(503), httpx.ReadError("cut")]
+
+    def ask() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "there"
+
+    assert parts._patiently(ask) == "there"
+    assert caplog.text.count("does not answer (refused)") == 1
+    errors = [answer(404)]
+    with pytest.raises(httpx.HTTPStatusError):
+        parts._patiently(ask)
+    monkeypatch.setattr(parts, "_AWAY_S", 0.05)
+    errors = [httpx.ConnectError("refused")] * 1000
+    with pytest.raises(httpx.ConnectError):
+        parts._patiently(ask)
+    assert errors
 
 
 def test_parts_need_a_server(world: World, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def striking(
 
     Raises RuntimeError when the work was through before all had happened, or what had failed to come back.
     """
-    ended, errors = threading.Event(), list[BaseException]()
+    ended, stopped, errors = threading.Event(), threading.Event(), list[BaseException]()
     began = time.monotonic()
 
     def strike(kill: Kill) -> None:
@@ -46,7 +46,8 @@ def striking(
         if gang and kill.host.startswith("node"):
             gang.power_off(kill.host)
         processes = services.processes.kill(services.hosts[kill.host])
-        time.sleep(kill.away_s)
+        if stopped.wait(kill.away_s):
+            return
         _back(services, kill.host, gang)
         struck.append(Struck(kill, now, processes, at - began, time.monotonic() - at))
 
@@ -61,6 +62,9 @@ def striking(
     thread.start()
     try:
         yield
+    except BaseException:
+        stopped.set()
+        raise
     finally:
         ended.set()
         thread.join()
