@@ -24,11 +24,8 @@ STEPS, CHECKPOINT_STEPS, BATCH = 42, 6, 16
 _INGEST = {
     "short_side": 64, "fps": 16, "gop": 8, "shard_mb": 1, "workers": 1, "parts": PARTS, "videos_per_hour": 3600,
 }  # fmt: skip
-_INGEST_SET = {
-    "lost_after_s": 20,
-    # which of two twins came first depends on which worker was quicker, and it stands in the clip's json
-    "checks.near_duplicate": "off",
-}
+# Which of two twins came first depends on which worker was quicker, and it stands in the clip's json.
+_INGEST_SET = {"checks.near_duplicate": "off"}
 _RECIPE: dict[str, object] = {
     "steps": STEPS, "loader.batch": BATCH, "loader.streams": 6, "loader.threads": 1, "view.size": 48, "log_every": 1,
     "eval_every": STEPS // 2, "eval_clips": 24, "checkpoint.steps": CHECKPOINT_STEPS, "checkpoint.minutes": 0,
