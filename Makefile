@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test test-all check bench bench-peers study lock clean
+.PHONY: demo test test-all check bench bench-peers study rehearsal lock clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -55,6 +55,10 @@ bench-peers: .venv/.ready
 # Does active selection help? What is missing of the study's runs, then its tables and pictures.
 study: .venv/.ready
 	$(BIN)/python infra/study/study.py --out runs/study
+
+# A small cloud on this machine, parts of which are killed: is anything lost? SEED=N draws other moments.
+rehearsal: .venv/.ready
+	$(BIN)/python infra/rehearsal/rehearsal.py --seed $(or $(SEED),0)
 
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/.ready

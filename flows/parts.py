@@ -8,12 +8,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
+
+import tenacity
 
 from cmacc.flows.part import do_part
 from cmacc.flows.plan import Plan
@@ -25,10 +27,15 @@ from cmacc.shards.publish import publish
 from cmacc.shards.writer import DatasetWriter
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FLOW = "ingest-part"
 _LOOK_EVERY_S = 2.0
 _BEAT_S = 2.0
+_BEGIN_S = (
+    60.0  # that a worker may need, besides, from taking a run to running it: a process has to start, an image perhaps to come
+)
+_AWAY_S = 900.0  # that the server may be, while an ingest waits for its parts
 _TRIES = 3  # of a part that fails without getting anything done
 
 
@@ -71,7 +78,7 @@ def ingest_parts(home: Path, plan: Plan, ledger: Ledger, of: int, tell: Tell) ->
         waiting = {
             number for number in range(of) if ledger.count_todo(Part(number, of))[0] or _folder(home, Part(number, of)).exists()
         }
-        while waiting := {number for number in waiting if not runs.done(number, ledger)}:
+        while waiting := _patiently(lambda: {number for number in waiting if not runs.done(number, ledger)}):
             idle = len(waiting - runs.running)
             note = f", {idle} wait for a worker" if idle else ""
             tell(before - ledger.count_todo()[0], f"{len(waiting & runs.running)} of {of} parts at work{note}")
@@ -79,6 +86,25 @@ def ingest_parts(home: Path, plan: Plan, ledger: Ledger, of: int, tell: Tell) ->
     merge_parts(home, plan, ledger)
     tell(before - ledger.count_todo()[0], "parts put together")
     return None
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What is asked of a server that may be away for a while: the parts go on without it, and so must who waits for them."""
+    import httpx
+
+    def is_away(error: BaseException) -> bool:
+        answer = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+        return isinstance(error, httpx.TransportError) or answer >= 500
+
+    def say(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome:
+            error = state.outcome.exception()
+            log.warning("the Prefect server does not answer (%s); asking again for up to %.0f s", error, _AWAY_S)
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_away), wait=tenacity.wait_fixed(_LOOK_EVERY_S),
+        stop=tenacity.stop_after_delay(_AWAY_S), before_sleep=say, reraise=True,
+    )(ask)  # fmt: skip
 
 
 def merge_parts(home: Path, plan: Plan, ledger: Ledger, but_of: int = 1) -> None:
@@ -149,11 +175,7 @@ class _Runs:
         state = found.state
         (self.running.add if state is not None and state.is_running() else self.running.discard)(number)
         if state is None or not state.is_final():
-            if (
-                state is not None
-                and state.is_running()
-                and _silent_s(_folder(self.home, part), found.start_time) > self.lost_after_s
-            ):
+            if state is not None and self._lost(part, state, found.start_time):
                 log.warning("part %d of %d: its worker is lost; beginning it again", number, self.of)
                 from prefect.states import Crashed
 
@@ -169,18 +191,23 @@ class _Runs:
         self._start(number, ledger)
         return False
 
+    def _lost(self, part: Part, state: Any, start: Any) -> bool:
+        """Whether the worker that took the run is gone: running without a sign of life, or taken and never begun."""
+        if state.is_running():
+            return _silent_s(_folder(self.home, part), start) > self.lost_after_s
+        return state.is_pending() and time.time() - state.timestamp.timestamp() > self.lost_after_s + _BEGIN_S
+
     def _start(self, number: int, ledger: Ledger) -> None:
         run, part = self.runs[number], Part(number, self.of)
-        run.attempt += 1
-        run.left = ledger.count_todo(part)[0]
+        left, attempt = ledger.count_todo(part)[0], run.attempt + 1
         made = self.client.create_flow_run_from_deployment(
             self.deployment,
             parameters={"out": str(self.home), "number": number, "of": self.of},
-            name=f"{self.home.name}-{number}-of-{self.of}-{run.attempt}",
-            # a coordinator killed just here asks again and gets the same run
-            idempotency_key=f"{self.home}:{number}:{self.of}:{run.attempt}:{_token(self.home)}",
+            name=f"{self.home.name}-{number}-of-{self.of}-{attempt}",
+            # who was killed just here, or got no answer, asks again and gets the same run
+            idempotency_key=f"{self.home}:{number}:{self.of}:{attempt}:{_token(self.home)}",
         )
-        run.id = str(made.id)
+        run.id, run.attempt, run.left = str(made.id), attempt, left
         publish(_state(self.home), json.dumps({f"{n}/{self.of}": vars(r) for n, r in self.runs.items()}).encode())
 
 

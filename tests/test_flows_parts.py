@@ -8,13 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID, uuid4
 
+import httpx
 import psutil
 import pytest
 from servers import BIN, REPOSITORY, Prefect, prefect
 
+from cmacc.flows import parts
 from cmacc.flows.ingest import ingest
 from cmacc.ingest import Ledger
 from cmacc.ingest.world import World, WorldConfig, render_world
@@ -158,6 +163,67 @@ def test_a_dask_cluster_does_the_same(world: World, unbroken: dict[str, bytes], 
         assert not killer.is_alive()
     assert counts["done"] == 60
     check(home, unbroken)
+
+
+def test_a_run_that_its_worker_took_and_never_began_is_begun_again(tmp_path: Path) -> None:
+    """The worker died between Pending and Running. A run that waits for a worker, or was taken just now, is left alone."""
+    from prefect.states import Late, Pending, Running
+
+    state, set_to, made = Pending(), [], []
+
+    class Server:
+        def read_flow_run(self, of: UUID) -> object:
+            return SimpleNamespace(id=of, state=state, start_time=state.timestamp, name="part")
+
+        def set_flow_run_state(self, of: UUID, to: object, force: bool) -> None:
+            set_to.append((of, to.type.value))
+
+        def create_flow_run_from_deployment(self, *_: object, name: str, **__: object) -> object:
+            made.append(name)
+            return SimpleNamespace(id=uuid4())
+
+    ledger = SimpleNamespace(count_todo=lambda part: (5, 2))
+    (tmp_path / "ingest").mkdir()
+    runs = parts._Runs(tmp_path, 1, Server(), uuid4(), lost_after_s=10)
+    assert not runs.done(0, ledger)
+    assert not runs.done(0, ledger) and len(made) == 1
+    lost = UUID(runs.runs[0].id)
+    long_ago = state.timestamp - timedelta(seconds=71)
+    for waits in (Late(timestamp=long_ago), Running()):
+        state = waits
+        assert not runs.done(0, ledger) and len(made) == 1
+    state = Pending(timestamp=long_ago)
+    assert not runs.done(0, ledger)
+    assert set_to == [(lost, "CRASHED")] and len(made) == 2 and UUID(runs.runs[0].id) != lost
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it refuses the connection or answers 503. What it refuses by right, or does for too long, is told."""
+    monkeypatch.setattr(parts, "_LOOK_EVERY_S", 0.01)
+    asked = httpx.Request("GET", "http://127.0.0.1:1")
+
+    def answer(status: int) -> httpx.HTTPStatusError:
+        return httpx.HTTPStatusError("no", request=asked, response=httpx.Response(status, request=asked))
+
+    errors: list[Exception] = [httpx.ConnectError("refused"), answer(503), httpx.ReadError("cut")]
+
+    def ask() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "there"
+
+    assert parts._patiently(ask) == "there"
+    assert caplog.text.count("does not answer (refused)") == 1
+    errors = [answer(404)]
+    with pytest.raises(httpx.HTTPStatusError):
+        parts._patiently(ask)
+    monkeypatch.setattr(parts, "_AWAY_S", 0.05)
+    errors = [httpx.ConnectError("refused")] * 1000
+    with pytest.raises(httpx.ConnectError):
+        parts._patiently(ask)
+    assert errors
 
 
 def test_parts_need_a_server(world: World, tmp_path: Path) -> None:
