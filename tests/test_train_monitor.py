@@ -51,10 +51,10 @@ class Rings(torch.nn.Module):
 
 def told(memory: torch.nn.Module | None, picked: Entries, step: int = 9, **options: object) -> dict[str, float]:
     q_video, q_audio = unit(4, 6, seed=1), unit(4, 6, seed=2)
-    nothing, none = torch.zeros(0, 6), torch.zeros(4, 0, dtype=torch.bool)
+    nothing, none, all_others = torch.zeros(0, 6), torch.zeros(4, 0, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
     terms = {
-        "video_to_audio": info_nce(q_video, q_audio, nothing, none, 0.2, batch_negatives=True),
-        "audio_to_video": info_nce(q_audio, q_video, nothing, none, 0.2, batch_negatives=True),
+        "video_to_audio": info_nce(q_video, q_audio, nothing, none, 0.2, all_others),
+        "audio_to_video": info_nce(q_audio, q_video, nothing, none, 0.2, all_others),
     }
     picks = {"video": picked, "audio": picked._replace(ids=torch.full_like(picked.ids, EMPTY))}
     return to_host(step_facts(terms, q_video, q_audio, memory, picks, step, 0.1, **options))  # type: ignore[arg-type]

@@ -435,10 +435,10 @@ class PlainMemory:
 
     def loss(self, queries: np.ndarray, asked: str, keys: list[Kept]) -> float:
         total = 0.0
-        for i, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        for q, k in zip(queries, keys, strict=True):
             negatives = [s.key for s in self.dictionary[asked].slots if s and s.source != k.source]
             if self.config.negatives == "batch+dictionary":
-                negatives += [other.key for j, other in enumerate(keys) if j != i]
+                negatives += [other.key for other in keys if other.source != k.source]
             own = math.exp(q @ k.key / self.config.tau)
             total -= math.log(own / (own + sum(math.exp(q @ n / self.config.tau) for n in negatives)))
         return total / len(keys)

@@ -255,16 +255,19 @@ def contrast(
 ) -> Contrast:
     """Score the queries against their keys and the dictionaries, which hold what `choice` picked.
 
-    A dictionary entry of the query's own source video never serves as its negative, nor one beyond the age limit.
+    What is of the query's own source video never serves as its negative, be it in the dictionary or in the batch; nor does an
+    entry beyond the age limit.
     """
 
     def term(query: Tensor, keys: Entries, name: str) -> LossParts:
+        others = keys.sources != keys.sources[:, None] if config.negatives != "dictionary" else None
         if not config.uses_keys:
-            return info_nce(query, keys.keys, keys.keys[:0], keys.ids.new_ones(len(query), 0, dtype=torch.bool), config.tau, True)
+            none = keys.ids.new_ones(len(query), 0, dtype=torch.bool)
+            return info_nce(query, keys.keys, keys.keys[:0], none, config.tau, others)
         held = getattr(memory, f"dictionary_{name}").entries
         allowed = (held.ids != EMPTY) & _young(held.born, choice.step, config)
         allowed = allowed & (held.sources != keys.sources[:, None])
-        return info_nce(query, keys.keys, held.keys, allowed, config.tau, config.negatives != "dictionary")
+        return info_nce(query, keys.keys, held.keys, allowed, config.tau, others)
 
     return Contrast(term(queries.video, k_audio, "audio"), term(queries.audio, k_video, "video"))
 

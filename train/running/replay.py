@@ -245,7 +245,8 @@ def _looks(
             entries = ring.entries
             negatives, allowed = entries.keys, ring.filled & (entries.sources != sources[:, None])
             yield _look(f"keys of {dictionary}", negatives[ring.filled])
-        parts = info_nce(query, k, negatives, allowed, config.objective.tau, config.objective.negatives != "dictionary")
+        others = sources != sources[:, None] if config.objective.negatives != "dictionary" else None
+        parts = info_nce(query, k, negatives, allowed, config.objective.tau, others)
         yield _look(f"loss {direction}", parts.loss)
         total = total + parts.loss
     total.backward()
