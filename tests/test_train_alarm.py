@@ -121,6 +121,17 @@ def test_small_batches_are_not_collapsed_by_their_size() -> None:
     assert seen(Alarm(AlarmConfig(warmup=0), 1, 16), *[to_host(query_facts(unit(1, 16), unit(1, 16)))] * 9) == [None] * 9
 
 
+@pytest.mark.parametrize(("batch", "expected"), [(4, ""), (7, ""), (8, "warn"), (32, "warn")])
+def test_the_rank_of_a_few_clips_tells_nothing(batch: int, expected: str) -> None:
+    """Two pairs of clips, each of one video, lie on a line whatever the encoders are. A point is a collapse all the same."""
+    apart = unit(2, 16, seed=3)
+    facts = to_host(query_facts(apart.repeat_interleave(batch // 2, 0), apart.repeat_interleave(batch // 2, 0)))
+    assert facts["queries/effective_rank_video"] < 1.1
+    assert actions(seen(Alarm(AlarmConfig(warmup=0, patience=1), batch, 16), facts)) == [expected]
+    point = {**facts, "queries/uniformity_video": -0.01}
+    assert actions(seen(Alarm(AlarmConfig(warmup=0, patience=1), batch, 16), point)) == ["warn"]
+
+
 def test_the_trap() -> None:
     """METHOD.md: the loss well below chance while held-out retrieval is at chance."""
     found = seen(alarm(), LOSS, CHANCE, LOSS, CHANCE, LOSS, CHANCE)

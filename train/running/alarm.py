@@ -13,6 +13,8 @@ Trap = Literal["stop", "warn", "off"]
 Action = Literal["warn", "skip", "rollback", "stop"]
 
 _NAMED_CLIPS = 8
+_FEW_DIRECTIONS = 7
+"""Below so many the effective rank says nothing: of four clips, two pairs of one video each are a line."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class AlarmConfig:
 
     warmup: steps before collapse and trap are looked for, since networks that know nothing see all clips alike. patience: log
     lines in a row that must show a collapse. rank: an effective rank below this share of the way from 1, a line, to
-    min(batch - 1, width), the most there can be, is a collapse; unit vectors drawn at random have above .9. uniformity: above it
-    is one too; 0 is a single point, -4 the whole sphere, -.2 a mean cosine of .95. trap_nats: the loss below chance by so much.
-    trap_evaluations: in a row with retrieval within two standard deviations of chance.
+    min(batch - 1, width), the most there can be, is a collapse; unit vectors drawn at random have above .9; in batches of less
+    than 8 clips it is not looked at. uniformity: above it is a collapse too; 0 is a single point, -4 the whole sphere, -.2 a mean
+    cosine of .95. trap_nats: the loss below chance by so much. trap_evaluations: in a row with retrieval within two standard
+    deviations of chance.
 
     rollbacks: the next alarm after so many stops the run. rate_after_rollback: each multiplies the learning rate by it, for the
     same steps at the same rate would end the same. skips: more steps in a row that are not finite stop the run.
@@ -106,7 +109,8 @@ class Alarm:
 
     def __init__(self, config: AlarmConfig, batch: int, width: int) -> None:
         self.config = config
-        self.lowest_rank = 1 + config.rank * max(0, min(batch - 1, width) - 1)
+        directions = min(batch - 1, width)
+        self.lowest_rank = 1 + config.rank * (directions - 1) if directions >= _FEW_DIRECTIONS else 0.0
         self._seen = _Seen()
 
     @property
