@@ -150,24 +150,9 @@ class Child:
             assert self.process.wait() == -signal.SIGKILL
 
 
-def test_killed_and_begun_again(tiny_data: str, tiny_run: Path, tmp_path: Path) -> None:
-    """By kill -9 at a random step; the same call goes on from the last checkpoint, to the same losses bit for bit."""
-    rng = np.random.default_rng()
-    kill_at = int(rng.integers(4, 10))
-    Child(tiny_data, tmp_path / "run", TINY, hold=kill_at + 2).kill_at(kill_at, rng.uniform(0, 0.1))
-    stood_at = [record["step"] for record in records(tmp_path / "run")][-1]
-    assert kill_at <= stood_at <= kill_at + 2
-    steps: list[int] = []
-    pretrain(tiny_data, tmp_path / "run", TINY, lambda step, _: steps.append(step))
-    assert 1 < steps[0] <= stood_at + 1, kill_at
-    assert steps[-1] == 12
-    assert_same(tmp_path / "run", tiny_run)
-    assert_tensorboard(tmp_path / "run")
-
-
 @pytest.mark.long
 def test_killed_twenty_times(tiny_data: str, tmp_path: Path) -> None:
-    """At any moment: while it starts, inside a step, inside a checkpoint."""
+    """At any moment: while it starts, inside a step, inside a checkpoint. Three times: in the tests of what may befall a run."""
     config = change(TINY, {"steps": 120, "checkpoint.steps": 2, "eval_every": 20})
     pretrain(tiny_data, tmp_path / "whole", config)
     rng, run = np.random.default_rng(), tmp_path / "run"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ranks import ranks_of
 from train_data import TINY
-from train_runs import assert_same, last_of, records
+from train_runs import assert_same, assert_tensorboard, last_of, records
 
 from cmacc.train.config import PretrainConfig, change, from_json, to_json
 from cmacc.train.contrast import objective
@@ -26,6 +26,7 @@ from cmacc.train.contrast.losses import LossParts
 from cmacc.train.networks import compute
 from cmacc.train.pretrain import pretrain
 from cmacc.train.running import checkpoint
+from cmacc.train.running.metrics import MetricsLog
 from cmacc.train.running.preemption import Preempted
 
 PLACES = {
@@ -119,7 +120,6 @@ def begin() -> Iterator[Begin]:
         ("start", 1, signal.SIGTERM),
         ("first batch", 1, signal.SIGUSR1),
         ("step", 8, signal.SIGTERM),
-        ("step", 8, signal.SIGUSR1),
         ("evaluation", 2, signal.SIGTERM),
         ("saving", 1, signal.SIGTERM),
         ("saving", 3, signal.SIGUSR1),
@@ -140,18 +140,14 @@ def test_a_signal_anywhere_saves_and_leaves(
 
 
 @pytest.mark.parametrize(("place", "call", "step"), [("step", 1, 0), ("step", 8, 6), ("saving", 3, 3)])
-def test_a_run_that_hangs_leaves_in_time(
-    begin: Begin, tiny_data: str, tiny_run: Path, tmp_path: Path, place: str, call: int, step: int
-) -> None:
-    """As in a compilation, a collective, a store that does not answer: what was saved before is what stays."""
+def test_a_run_that_hangs_leaves_in_time(begin: Begin, tiny_data: str, tmp_path: Path, place: str, call: int, step: int) -> None:
+    """As in a compilation, a collective, a store that does not answer: what was saved before is what stays, as after a kill."""
     run = tmp_path / "run"
     config = change(TINY, {"checkpoint.grace_s": 1.5})
     code, said = begin(tiny_data, run, config, place, call, 600, signal.SIGTERM, after_s=1.0)  # the save before it is through
     assert code == 143, said
     assert "has not saved within 1.5 s" in said
     assert last_of(run).step == step
-    pretrain(tiny_data, run, TINY)
-    assert_same(run, tiny_run)
 
 
 def test_a_signal_while_it_compiles(begin: Begin, tiny_data: str, tmp_path: Path) -> None:
@@ -178,8 +174,13 @@ def test_killed_at_a_random_moment(begin: Begin, tiny_data: str, tiny_run: Path,
     call = int(rng.integers(2, {"step": 12, "saving": 4, "evaluation": 3}[place]))
     code, said = begin(tiny_data, run, TINY, place, call, 0.5, signal.SIGKILL, float(rng.uniform(0, 0.4)))
     assert code == -signal.SIGKILL, said
-    pretrain(tiny_data, run, TINY)
+    stood_at = max((record["step"] for record in MetricsLog.read(run / "metrics.jsonl")), default=0)
+    steps: list[int] = []
+    pretrain(tiny_data, run, TINY, lambda step, _: steps.append(step))
+    assert steps[0] <= stood_at + 1
+    assert steps[-1] == 12
     assert_same(run, tiny_run)
+    assert_tensorboard(run)
 
 
 def test_a_full_disk_does_not_stop_the_run(
