@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Cmacc
-from train_data import clips, write_dataset
+from conftest import REPOSITORY, Cmacc
 
 from cmacc.flows import torchrun
+from cmacc.train.config import change, recipe
+from cmacc.train.pretrain import pretrain
 from cmacc.train.running.checkpoint import find_checkpoint, load
 from cmacc.train.running.metrics import MetricsLog
 
@@ -23,22 +26,19 @@ TINY = (
     "log_every=1", "eval_every=1000", "checkpoint.steps=5", "train.batch=4", "view.frames=4", "view.size=24", "view.view_s=0.3",
     "objective.dictionary=16", "objective.candidates=32", "loader.threads=1", "loader.ahead=1",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_dataset(tmp_path_factory.mktemp("torchrun") / "data", clips()).url
+NODES = {"steps": 8, "encoders.norm": "group", "optimiser.rate": 3e-4, "objective.share_start": 4, "objective.share_ramp": 0}
+"""No coupling inside a batch; picks from the fourth step on."""
 
 
 @pytest.fixture
-def begun(cmacc: Cmacc, data: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def begun(cmacc: Cmacc, tiny_data: str, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`begun(steps)` starts `cmacc pretrain … --ranks 2`; what is left of it in the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(steps: int) -> subprocess.Popen[str]:
         options = [part for option in (*TINY, f"steps={steps}") for part in ("--set", option)]
         process = subprocess.Popen(
-            cmacc.command("pretrain", data, "--out", tmp_path / "run", "--ranks", 2, *options), env=cmacc.environment,
+            cmacc.command("pretrain", tiny_data, "--out", tmp_path / "run", "--ranks", 2, *options), env=cmacc.environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         started.append(process)
@@ -107,12 +107,60 @@ def test_a_refusal_is_one_sentence(cmacc: Cmacc, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_two_at_once_on_one_run(begun: Callable[..., subprocess.Popen[str]], cmacc: Cmacc, data: str, tmp_path: Path) -> None:
+def test_two_at_once_on_one_run(
+    begun: Callable[..., subprocess.Popen[str]], cmacc: Cmacc, tiny_data: str, tmp_path: Path
+) -> None:
     first = begun(100_000)
     until(lambda: steps(tmp_path / "run"), first)
     options = [part for option in (*TINY, "steps=100000") for part in ("--set", option)]
-    done = cmacc("pretrain", data, "--out", tmp_path / "run", *options, code=1)
+    done = cmacc("pretrain", tiny_data, "--out", tmp_path / "run", *options, code=1)
     assert "another writer is at work on" in done.stderr
+
+
+@pytest.mark.long
+def test_many_nodes_as_the_readme_has_it(cmacc: Cmacc, tiny_data: str, tmp_path: Path) -> None:
+    """The same command on each of two, which are agents of this machine: all saved, and the losses are those of one process."""
+    config = [f"{name}={value}" for name, value in NODES.items()]
+    options = [part for option in (*TINY, *config) for part in ("--set", option)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    readme = re.search(r"torchrun --nnodes 4 .*?--recipe paper", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert readme
+    ours = {
+        "torchrun": "-m torch.distributed.run", "--nnodes 4": "--nnodes 2", "--nproc-per-node 8": "--nproc-per-node 1",
+        "10.0.0.1:29500": f"127.0.0.1:{port}", "s3://bucket/audioset": tiny_data, "/shared/runs/first": str(tmp_path / "run"),
+        "--recipe paper": "--recipe small-cpu", "\\\n": " ",
+    }  # fmt: skip
+    text = readme[0]
+    for theirs, here in ours.items():
+        assert theirs in text
+        text = text.replace(theirs, here)
+    environment = {**cmacc.environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    agents = []
+    try:
+        for node in range(2):
+            with (tmp_path / f"said.{node}").open("w") as said:
+                agents.append(
+                    subprocess.Popen([sys.executable, *text.split(), *options], env=environment, stdout=said, stderr=said)
+                )
+        codes = [agent.wait(400) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert codes == [0, 0], [(tmp_path / f"said.{node}").read_text() for node in range(2)]
+    assert load(find_checkpoint(tmp_path / "run")).step == NODES["steps"]
+    chosen = change(recipe("small-cpu"), dict(option.split("=") for option in (*TINY, *config)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        pretrain(tiny_data, tmp_path / "alone", chosen)
+    two, one = (
+        [record["loss/total"] for record in MetricsLog.read(tmp_path / run / "metrics.jsonl") if "loss/total" in record]
+        for run in ("run", "alone")
+    )
+    assert len(two) == NODES["steps"]
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize(
