@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cmacc.train.evaluation.examples import Examples
 from cmacc.train.evaluation.features import Describer, Features, Kept, Progress
-from cmacc.train.evaluation.media import reason
 from cmacc.train.evaluation.splits import Kind
-from cmacc.train.loading.sound import UNREADABLE, Sound, read_sound, resampled
+from cmacc.train.loading.sound import LONGEST_S, UNREADABLE, Sound, read_sound, reason, resampled
 from cmacc.train.networks.encoders import Encoder, EncoderConfig, build_encoders
 
 RATE, N_FFT, WINDOW, HOP, BANDS, LOW_HZ = 16_000, 512, 400, 160, 80, 20.0
@@ -69,7 +68,7 @@ def _described(examples: Examples, rows: list[int]) -> Iterator[tuple[int, Featu
     labelled, waiting = examples.labelled, deque[tuple[int, Future[tuple[Sound, Features]]]]()
 
     def describe(path: Path) -> tuple[Sound, Features]:
-        sound = read_sound(path)
+        sound = read_sound(path, LONGEST_S)
         return sound, log_mel_statistics(sound)
 
     with ThreadPoolExecutor(examples.loader.workers) as pool:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Features = NDArray[np.float32]
 Progress = Callable[[int], None]
 
-_VERSION = 1
+_VERSION = 2
 """Of how files become features: to be raised when the same encoder gives others."""
 _ROWS = 256  # of a chunk, which is written when it is whole
 
