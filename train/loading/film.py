@@ -1,7 +1,8 @@
 """Films of any codec, rate and shape, as files or their bytes: what they are, and what is on in them at some instants.
 
-Clips at rest all have one frame rate, one picture and one sound; these are files of labelled data sets, and what encoders are tried
-on. The rule for them is that of `sound.read_sound`: a file that is cut short or does not decode is refused, never taken in part.
+Clips at rest all have one frame rate, one picture and one sound; these are files of labelled data sets, and what encoders are
+tried on. The rule for them is that of `sound.read_sound`: a file that is cut short or does not decode is refused, never taken in
+part.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _ATTACHED_PICTURE = 0x400
 
 @dataclass(frozen=True)
 class Film:
-    """What a film says of its picture. frames: of an even clock of `fps` a second, whatever the file's own times. width, height: as
-    it is to be seen, but for turning; aspect: width of a stored pixel over its height; turns: quarters by which it is to be turned.
+    """What a film says of its picture. frames: of an even clock of `fps` a second, whatever the file's own times. width, height:
+    as it is to be seen, but for turning; aspect: width of a stored pixel over its height; turns: quarters to turn it by.
     """
 
     source: Source
@@ -94,7 +95,7 @@ class Film:
 
 
 def look_at(source: Source) -> Film:
-    """What a file or its bytes hold, of the first ten minutes. Raises one of UNREADABLE; a file that is cut short is one of them."""
+    """What a file or its bytes hold, of the first ten minutes. Raises one of UNREADABLE, also for a file that is cut short."""
     with opened(source) as file:
         about = probe(file, "video")
         file.seek(0)

@@ -81,13 +81,13 @@ def read_sound(source: Source, most_s: float = math.inf) -> Sound:
         with av.open(file, "r", container_options=OPEN, metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
-            parts, samples_left = [], most_s * int(about["rate"])
+            parts, had, most = [], 0, most_s * int(about["rate"])
             for frame in container.decode(stream):
                 parts.append(_mono(frame))
-                samples_left -= len(parts[-1])
-                if samples_left <= 0:
+                had += len(parts[-1])
+                if had >= most:
                     break
-    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    samples = np.concatenate(parts)[: round(min(had, most))] if parts else np.zeros(0, np.float32)
     if not len(samples):
         raise ValueError("it has no sound in it")
     if not np.isfinite(samples).all():
