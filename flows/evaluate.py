@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from cmacc.train.evaluation.baselines import untrained
 from cmacc.train.evaluation.clips import retrieve
 from cmacc.train.evaluation.files import EvaluationConfig, evaluate_files, weights
 from cmacc.train.evaluation.finetune import FinetuneConfig
-from cmacc.train.evaluation.labelled import LAYOUTS, read_labelled
+from cmacc.train.evaluation.labelled import LAYOUTS, Labelled, read_labelled
 from cmacc.train.evaluation.pictures import draw
 from cmacc.train.evaluation.protocols import PROTOCOLS
-from cmacc.train.evaluation.results import Result, results_folder, write
+from cmacc.train.evaluation.results import Result, read_task, results_folder, write
+from cmacc.train.evaluation.splits import task_name
 from cmacc.train.export.trained import Trained, load_trained
 from cmacc.train.loading.loader import LoaderConfig
 
@@ -56,21 +57,26 @@ def evaluate(
         raise ValueError(f"option {next(iter(options))!r} is of fine-tuning; give --finetune, too")
     tuning = change(FinetuneConfig(), {name.removeprefix("finetune."): value for name, value in (options or {}).items()})
     config = EvaluationConfig(asked, views, crops, baselines, finetune=tuning if finetune else None)
-    labelled = {spec: read_labelled(spec) for spec in _known(on) if not spec.startswith(f"{RETRIEVAL}:")}
+    asked_on = {spec: _opened(spec) for spec in _known(on)}
+    tasks = _tasks(asked_on)
     trained, loader = load_trained(model), LoaderConfig(batch=batch)
     if out is None and not Path(model, "config.json").is_file():
         raise ValueError(f"{model} is not a run's folder on this machine; give --out, a folder for the results")
     target = results_folder(model if out is None else out)
+    for task in tasks:  # what cannot be added to is told before the work
+        read_task(target, task)
     kept = Path(cache) if cache else target / "features.zarr"
     results: list[Result] = []
-    for spec in on:
-        if spec in labelled:
-            found = evaluate_files(trained, labelled[spec], loader, config, cache=kept, stage=progress)
+    paths: list[Path] = []
+    for data in asked_on.values():
+        if isinstance(data, Labelled):
+            found = evaluate_files(trained, data, loader, config, cache=kept, stage=progress)
         else:
-            found = _retrieval(trained, loader, spec.partition(":")[2], split, gallery, clips, config)
-        paths = write(target, found)
+            found = _retrieval(trained, loader, data, split, gallery, clips, config, kept)
+        paths += write(target, found)
         results += found
-    paths = [*(target / f"{task}.json" for task in dict.fromkeys(r.task for r in results)), *draw(target, results)]
+    for task in tasks:
+        paths += draw(target, read_task(target, task))
     heads, rows = scores_table(results)
     table("evaluate-scores", [{"score": name, **dict(zip(heads, values, strict=True))} for name, values in rows.items()])
     first = next((r for r in results if r.protocol == RETRIEVAL and r.encoder == "trained"), None)
@@ -91,16 +97,40 @@ def _known(on: Sequence[str]) -> Sequence[str]:
     return on
 
 
+def _opened(spec: str) -> Labelled | Dataset:
+    layout, _, place = spec.partition(":")
+    return Dataset.open(place) if layout == RETRIEVAL else read_labelled(spec)
+
+
+def _tasks(asked_on: Mapping[str, Labelled | Dataset]) -> list[str]:
+    """What each is called, in names of files and in tables. Raises ValueError where two would be called the same."""
+    named: dict[str, str] = {}
+    for spec, data in asked_on.items():
+        task = data.name if isinstance(data, Labelled) else task_name(RETRIEVAL, data.url)
+        if task in named:
+            said = f"{named[task]} and {spec} would both be called {task!r}"
+            raise ValueError(f"{said}; evaluate on one at a time, each with a --out of its own, or rename a folder")
+        named[task] = spec
+    return list(named)
+
+
 def _retrieval(
-    trained: Trained, loader: LoaderConfig, data: str, split: str, gallery: str, clips: int, config: EvaluationConfig
+    trained: Trained,
+    loader: LoaderConfig,
+    data: Dataset,
+    split: str,
+    gallery: str,
+    clips: int,
+    config: EvaluationConfig,
+    cache: Path,
 ) -> list[Result]:
     encoders = {"trained": (trained.video, trained.audio)}
     if config.baselines:
         encoders["random"] = untrained(trained.encoders, "video", config.seed), untrained(trained.encoders, "audio", config.seed)
     with progress("retrieval", total=0) as tell:
         found = retrieve(
-            Dataset.open(data), encoders, trained.view, loader, split=split, gallery=gallery, clips=clips, views=config.views,
-            on_progress=lambda done, total: tell(done, "views", total),
+            data, encoders, trained.view, loader, split=split, gallery=gallery, clips=clips, views=config.views,
+            cache=cache, on_progress=lambda done, total: tell(done, "views", total),
         )  # fmt: skip
     about = {"step": trained.step, "weights": weights(trained), "seed": config.seed}
     return [replace(result, settings=result.settings | about) for result in found]
