@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Score trained encoders beside baselines and chance: probes on labelled files, and retrieval among clips."""
     from cmacc.flows.evaluate import evaluate as flow
-    from cmacc.flows.evaluate import scores_table
+    from cmacc.flows.scoring import scores_table
     from cmacc.train.evaluation.results import Result
 
     scores = call_flow(

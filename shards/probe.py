@@ -21,7 +21,9 @@ from typing import Any
 import av
 import numpy as np
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flac,wav,w64,mp3,aac,ogg,mpegts,mpeg,flv"
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flac,wav,w64,aiff,mp3,aac,ogg,mpegts,mpeg,mpegvideo,asf,flv,ac3,amr,rm,dv,caf"
+)
 # a file may be a playlist in disguise: no such format, and no protocol at all
 _OPEN = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
 _ATTACHED_PICTURE = 0x400

@@ -33,6 +33,16 @@ def real_data() -> Path:
     return REAL
 
 
+@pytest.fixture(scope="module")
+def on_a_cpu() -> Iterator[None]:
+    """No GPU is seen, on a machine that has one too: `pytestmark = pytest.mark.usefixtures("on_a_cpu")`."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prefect")

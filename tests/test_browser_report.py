@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_browser_page import MOVES, browser  # noqa: F401  a fixture
 from train_data import TINY, clips, write_dataset
 
@@ -17,12 +16,10 @@ from cmacc.train.report.page import write_report
 
 
 @pytest.fixture(scope="module")
-def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def page(browser: Any, on_a_cpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        pretrain(write_dataset(folder / "data", clips()).url, folder / "run", change(TINY, {"steps": 4, "eval_every": 2}))
-        return write_report(folder / "run", examples=1)
+    pretrain(write_dataset(folder / "data", clips()).url, folder / "run", change(TINY, {"steps": 4, "eval_every": 2}))
+    return write_report(folder / "run", examples=1)
 
 
 @pytest.fixture

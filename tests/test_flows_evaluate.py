@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +15,19 @@ import torch
 from media import audio_bytes, video_bytes
 from train_data import LOADER, TRAIN_CLIPS, VIEW, clips, with_members, write_dataset
 
+from cmacc.flows import scoring
 from cmacc.flows.cli import main
 from cmacc.flows.evaluate import evaluate
+from cmacc.shards.dataset import Dataset
+from cmacc.shards.errors import DatasetError
+from cmacc.train.evaluation import clips as module
 from cmacc.train.evaluation.pictures import draw
 from cmacc.train.evaluation.results import Result, read_results, summed_up, write
 from cmacc.train.evaluation.retrieval import within
 from cmacc.train.export.folder import write_export
 from cmacc.train.export.trained import Trained, load_trained
-from cmacc.train.loading.loader import evaluation_batches
+from cmacc.train.loading.loader import Batch, LoaderConfig, evaluation_batches
+from cmacc.train.loading.views import ViewConfig
 from cmacc.train.networks.encoders import EncoderConfig, build_encoders
 
 
@@ -110,7 +118,7 @@ def test_videos_in_the_layout_of_ucf101(model: Path, tmp_path: Path) -> None:
     assert found[0].settings["weights"] == found[1].settings["weights"]
 
 
-def test_retrieval_among_clips(model: Path, tmp_path: Path) -> None:
+def test_retrieval_among_clips(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across modalities among the held-out clips, and within each with the training clips as a gallery; one clip is broken."""
     these = [with_members(clip, mp4=b"bad") if i == 17 else clip for i, clip in enumerate(clips())]
     data = write_dataset(tmp_path / "held", these)
@@ -132,7 +140,18 @@ def test_retrieval_among_clips(model: Path, tmp_path: Path) -> None:
     near, far = [row for row in sums if row < TRAIN_CLIPS], [row for row in sums if row >= TRAIN_CLIPS]
     expected = within(np.stack([sums[r] for r in near]), labels[near], np.stack([sums[r] for r in far]), labels[far])
     assert inside.facts == pytest.approx(expected)
+    looks: list[int] = []
+
+    def counted(dataset: Dataset, view: ViewConfig, loader: LoaderConfig, rows: np.ndarray, place: float) -> Iterator[Batch]:
+        looks.extend(rows.tolist())
+        return evaluation_batches(dataset, view, loader, rows, place)
+
+    monkeypatch.setattr(module, "evaluation_batches", counted)
+    again = evaluate.fn(str(model), [f"retrieval:{data.url}"], views=2, out=str(tmp_path / "out"), batch=4)
+    assert again["results"] == scores["results"] and set(looks) == {17}, "kept, but for the clip that did not decode"
+    looks.clear()
     alone = evaluate.fn(str(model), [f"retrieval:{data.url}"], gallery="", baselines=False, out=str(tmp_path / "out"))
+    assert set(looks) == {17}
     assert [(r["protocol"], r["encoder"]) for r in alone["results"]] == [("retrieval", "trained")]
     assert alone["results"][0]["score"] == across.score
     missing = evaluate.fn(str(model), [f"retrieval:{data.url}"], gallery="tarin", baselines=False, out=str(tmp_path / "out"))
@@ -158,6 +177,22 @@ def test_fine_tuning(model: Path, esc: Path, tmp_path: Path) -> None:
         evaluate.fn(str(model), [f"esc50:{esc}"], finetune=True, options={"finetune.epoch": "1"}, **given)
 
 
+def test_what_cannot_be_written_is_told_before_the_work(
+    model: Path, esc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that are none of ours, two data sets of one name, a data set that is not there: nothing was computed yet."""
+    monkeypatch.setattr(scoring, "evaluate_files", lambda *_, **__: pytest.fail("it was begun"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "esc50.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"esc50.json does not hold results"):
+        evaluate.fn(str(model), [f"esc50:{esc}"], out=str(tmp_path / "out"))
+    shutil.copytree(esc, tmp_path / "other" / "ESC-50")
+    with pytest.raises(ValueError, match=r"would both be called 'esc50'; evaluate on one at a time"):
+        evaluate.fn(str(model), [f"esc50:{esc}", f"esc50:{tmp_path}/other/ESC-50"], out=str(tmp_path / "new"))
+    with pytest.raises(DatasetError, match="nowhere"):
+        evaluate.fn(str(model), [f"esc50:{esc}", f"retrieval:{tmp_path}/nowhere"], out=str(tmp_path / "new"))
+
+
 def test_results_need_a_place(model: Path, esc: Path) -> None:
     with pytest.raises(ValueError, match="is not a run's folder on this machine; give --out, a folder for the results"):
         evaluate.fn(str(model), [f"esc50:{esc}"])
@@ -172,6 +207,9 @@ def test_results_of_other_weights_do_not_mix(tmp_path: Path) -> None:
     assert read_results(tmp_path) == of["a"] == read_results(tmp_path / "evaluation")
     write(tmp_path, of["b"][:1])
     assert read_results(tmp_path) == of["b"][:1]
+    elsewhere = replace(of["b"][1], settings={"weights": "b", "data": "/another/of/that/name"})
+    write(tmp_path, [elsewhere])
+    assert read_results(tmp_path) == [elsewhere], "nor do those of other data"
     (tmp_path / "evaluation" / "x.json").write_text(json.dumps([{"task": 1}]))
     with pytest.raises(ValueError, match=r"x.json does not hold results \(.+\); move it away"):
         read_results(tmp_path)

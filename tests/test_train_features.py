@@ -14,7 +14,7 @@ import zarr
 from media import audio_bytes
 from train_data import LOADER, VIEW
 
-from cmacc.train.evaluation import features as module
+from cmacc.train.evaluation import kept as module
 from cmacc.train.evaluation.examples import Examples
 from cmacc.train.evaluation.features import Describer, extract, fingerprint, of_encoder
 from cmacc.train.evaluation.labelled import read_labelled

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import wave
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,7 @@ from cmacc.train.networks.encoders import EncoderConfig, build_encoders
 QUICK = FinetuneConfig(rate_head=0.05, rate_base=5e-3, head_epochs=1, epochs=4, most_epochs=4, batch=8, views=2, frames=8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_a_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,7 @@ KNN = [f"held_out/knn_{kind}{name}" for kind in ("", "features_") for name in ("
 SHORT = change(TINY, {"steps": 7, "eval_every": 3, "checkpoint.steps": 7})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_a_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,8 @@ pretrain(data, Path(run), from_json(json.loads(config)), lambda step, facts: tim
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_a_cpu() -> Iterator[None]:
-    """Where a continued run is promised to be the same bit for bit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+# where a continued run is promised to be the same bit for bit
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 def test_metrics_are_complete_and_finite(tiny_run: Path) -> None:

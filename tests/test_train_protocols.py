@@ -14,6 +14,7 @@ from cmacc.train.evaluation import protocols
 from cmacc.train.evaluation.protocols import COSTS, PROTOCOLS, Told, probe
 from cmacc.train.evaluation.results import Result, summed_up
 from cmacc.train.evaluation.splits import Split
+from cmacc.train.evaluation.svm import LinearSvm
 
 CLASSES, FOLDS = ("cat", "dog", "rain"), (1, 2, 3, 4)
 
@@ -50,7 +51,8 @@ def test_separable_features_are_told_apart(protocol: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_noise_stays_near_chance(protocol: str) -> None:
+def test_noise_stays_near_chance(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, protocol, COSTS.get(protocol, ())[::3])
     labels, folds, splits = labelled(each=12)
     noise = [np.random.default_rng(seed).normal(size=(len(labels), 6)).astype(np.float32) for seed in range(3)]
     scores = [scored(labels, probe(protocol, each, labels, splits, folds)).score for each in noise]
@@ -68,8 +70,9 @@ def test_the_score_is_the_mean_over_splits_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_stable_to_the_second_decimal(protocol: str) -> None:
+def test_stable_to_the_second_decimal(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Overlapping classes, more numbers than rows: the same twice, and as good with rows in another order and scaled features."""
+    monkeypatch.setitem(COSTS, protocol, COSTS.get(protocol, ())[::2])
     labels, folds, splits = labelled(each=8)
     features = blobs(labels, width=120, spread=4.0)
     first = probe(protocol, features, labels, splits, folds)
@@ -97,18 +100,18 @@ def test_nothing_is_fitted_on_what_is_tested(monkeypatch: pytest.MonkeyPatch) ->
             fits.append(set(x[:, 0].astype(int).tolist()))
             return super().fit(x, y)
 
-    class Svm(protocols.LinearSVC):  # type: ignore[misc]
-        def fit(self, x: np.ndarray, y: np.ndarray, sample_weight: Any = None) -> Any:
+    class Svm(LinearSvm):
+        def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
             seen.append(len(x))
-            return super().fit(x, y)
+            super().__init__(x, y)
 
     seen: list[int] = []
     monkeypatch.setattr(protocols, "StandardScaler", Scaler)
-    monkeypatch.setattr(protocols, "LinearSVC", Svm)
+    monkeypatch.setattr(protocols, "LinearSvm", Svm)
     for name, train, test in splits:
         fits.clear(), seen.clear()
         probe("svm", features, labels, [Split(name, train, test)], folds)
-        assert len(fits) == 3 * len(COSTS["svm"]) + 1
+        assert len(fits) == 3 + 1
         assert not set().union(*fits) & set(test.tolist())
         assert sorted(map(len, fits)) == sorted(seen)
         assert fits[-1] == set(train.tolist())
@@ -168,3 +171,23 @@ def test_progress_tells_what_is_tried() -> None:
     probe("svm", blobs(labels), labels, splits, folds, lambda done, note: told.append((done, note)))
     assert [done for done, note in told if note.startswith("fold")] == [1, 2, 3, 4]
     assert told[0][0] == 0 and told[0][1].startswith("C 1e-06: ")
+
+
+@pytest.mark.parametrize(("rows", "width", "classes"), [(400, 30, 5), (60, 150, 4), (200, 10, 2), (90, 200, 2)])
+def test_the_svm_is_that_of_scikit_learn(rows: int, width: int, classes: int) -> None:
+    """LinearSVC's weights: of more rows than numbers and fewer, two classes and more, begun at those of a smaller C or at 0."""
+    rng = np.random.default_rng(rows)
+    codes = rng.integers(0, classes, rows)
+    x = rng.normal(size=(classes, width))[codes] + 3 * rng.normal(size=(rows, width))
+    x[:, -1] = x[:, 0]  # one says what another says
+    y, found = np.array(list("abcde"))[codes], LinearSvm(x, np.array(list("abcde"))[codes])
+    for c in COSTS["svm"]:
+        assert found.fit(c)
+        theirs = LinearSVC(C=c, dual=False, tol=1e-9, max_iter=100_000).fit(x, y)
+        ours = found._axes @ found._weights
+        expected = np.concatenate([theirs.coef_, theirs.intercept_[:, None]], axis=1).T
+        assert np.abs(ours - expected).max() < 1e-3 * np.abs(expected).max()
+        far = np.abs(np.diff(np.sort(np.atleast_2d(theirs.decision_function(x).T), axis=0)[-2:], axis=0)).ravel() > 1e-6
+        assert (found.predict(x) == theirs.predict(x))[far if classes > 2 else slice(None)].all()
+    cold = LinearSvm(x, y)
+    assert cold.fit(1.0) and np.abs(cold._weights - found._weights).max() < 1e-3 * np.abs(found._weights).max()

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,7 @@ HOSTILE = '<script>alert("1")</script>'
 ESCAPED = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_a_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,7 @@ PLACES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def on_a_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
 
 
 def hold(place: str, call: int, seconds: float, here: Path) -> None:

@@ -3,6 +3,7 @@
     python infra/bench/evaluation.py                      # sounds and videos of its own, some minutes
     python infra/bench/evaluation.py --on esc50:DIR       # of a labelled data set
     python infra/bench/evaluation.py --device gpu
+    python infra/bench/evaluation.py --probe svm          # how long a probe takes at UCF101's size, on features that are made
 
 Each round measures the three in turn on the same files; printed are the medians, and of the ratios of one round the median, the
 least and the most. Nothing comes from a cache; files lie in the system's own.
@@ -27,6 +28,8 @@ from cmacc.train.config import recipe
 from cmacc.train.evaluation.examples import Examples
 from cmacc.train.evaluation.features import extract, of_encoder
 from cmacc.train.evaluation.labelled import Labelled, read_labelled
+from cmacc.train.evaluation.protocols import PROTOCOLS, probe
+from cmacc.train.evaluation.splits import dealt, split
 from cmacc.train.loading.loader import LoaderConfig
 from cmacc.train.networks.encoders import build_encoders
 
@@ -100,6 +103,26 @@ def make_videos(folder: Path, count: int, seconds: float = 5.0, fps: int = 25) -
             out.mux(stream.encode(None))
 
 
+def time_probe(protocol: str, width: int) -> None:
+    """13,320 rows, 101 classes of 25 groups each, three splits that test 7 of the groups; classes overlap."""
+    rng = np.random.default_rng(0)
+    codes, groups = np.sort(rng.integers(0, 101, 13_320)), rng.integers(0, 25, 13_320)
+    hidden = 0.5 * rng.normal(size=(101, 64))[codes] + 0.6 * rng.normal(size=(101 * 25, 64))[25 * codes + groups]
+    hidden += 0.8 * rng.normal(size=hidden.shape)
+    features = np.maximum(0, hidden @ rng.normal(0, 1 / 8, (64, width)) + 0.3 * rng.normal(size=(len(codes), width)))
+    labels = np.array([f"class {code:03}" for code in range(101)])[codes]
+    folds = dealt(labels.tolist(), [f"{code} {group}" for code, group in zip(codes, groups, strict=True)])
+    sides = [(7 * i <= groups) & (groups < 7 * (i + 1)) for i in range(3)]
+    splits = [split(f"split {i + 1}", ~side, side) for i, side in enumerate(sides)]
+    began, spent = time.perf_counter(), time.process_time()
+    told = probe(
+        protocol, features.astype(np.float32), labels, splits, folds, lambda done, note: print(f"    {done} of 3: {note}")
+    )
+    right = statistics.mean(float(np.mean(labels[one.rows] == one.names)) for one in told)
+    print(f"{protocol}, {len(labels)} rows of {width} numbers, 101 classes, 3 splits: {right:.1%}")
+    print(f"    {time.perf_counter() - began:.0f} s, {time.process_time() - spent:.0f} s of all cores together")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", action="append", metavar="SPEC", help="esc50:DIR and so on, instead of files that are made")
@@ -108,7 +131,12 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--probe", choices=tuple(PROTOCOLS), help="time that probe instead")
+    parser.add_argument("--width", type=int, default=512, help="of the features that are made for --probe")
     given = parser.parse_args()
+    if given.probe:
+        time_probe(given.probe, given.width)
+        return
     with tempfile.TemporaryDirectory() as name:
         specs = given.on or [f"folder:{name}/sounds", f"folder:{name}/videos"]
         if not given.on:

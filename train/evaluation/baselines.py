@@ -14,10 +14,9 @@ import torchaudio
 from torch import Tensor
 
 from cmacc.train.evaluation.examples import Examples
-from cmacc.train.evaluation.features import Describer, Features, Kept, Progress
-from cmacc.train.evaluation.media import reason
+from cmacc.train.evaluation.features import Describer, Features, KeptOfFiles, Progress
 from cmacc.train.evaluation.splits import Kind
-from cmacc.train.loading.sound import UNREADABLE, Sound, read_sound, resampled
+from cmacc.train.loading.sound import LONGEST_S, UNREADABLE, Sound, read_sound, reason, resampled
 from cmacc.train.networks.encoders import Encoder, EncoderConfig, build_encoders
 
 RATE, N_FFT, WINDOW, HOP, BANDS, LOW_HZ = 16_000, 512, 400, 160, 80, 20.0
@@ -50,7 +49,7 @@ def _mel() -> torchaudio.transforms.MelSpectrogram:
 
 def whole_sounds(examples: Examples, cache: Path | None = None, on_progress: Progress | None = None) -> Features:
     """Log-mel statistics of all files, (n, 320), kept as `features.extract` keeps those of encoders."""
-    kept = Kept(
+    kept = KeptOfFiles(
         cache, examples.labelled, 4 * BANDS, {"name": "log-mel statistics", "mel": [RATE, N_FFT, WINDOW, HOP, BANDS, LOW_HZ]}
     )
     examples.facts |= kept.facts()
@@ -58,10 +57,10 @@ def whole_sounds(examples: Examples, cache: Path | None = None, on_progress: Pro
     done = len(examples.labelled.files) - len(missing)
     for count, (row, made) in enumerate(_described(examples, missing), start=1):
         if made is not None:
-            kept.put(np.array([row]), made[None], examples.facts)
+            kept.add(np.array([row]), made[None], examples.facts)
         if on_progress:
             on_progress(done + count)
-    return kept.close()
+    return kept.features()
 
 
 def _described(examples: Examples, rows: list[int]) -> Iterator[tuple[int, Features | None]]:
@@ -69,7 +68,7 @@ def _described(examples: Examples, rows: list[int]) -> Iterator[tuple[int, Featu
     labelled, waiting = examples.labelled, deque[tuple[int, Future[tuple[Sound, Features]]]]()
 
     def describe(path: Path) -> tuple[Sound, Features]:
-        sound = read_sound(path)
+        sound = read_sound(path, LONGEST_S)
         return sound, log_mel_statistics(sound)
 
     with ThreadPoolExecutor(examples.loader.workers) as pool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmacc.shards.dataset import Dataset
+from cmacc.train.evaluation.features import INPUT, fingerprint
+from cmacc.train.evaluation.kept import Kept
 from cmacc.train.evaluation.results import Result
 from cmacc.train.evaluation.retrieval import Embedded, held_out_rows, retrieval, within
 from cmacc.train.evaluation.splits import task_name
@@ -43,6 +47,7 @@ def retrieve(
     gallery: str = "train",
     clips: int = 1_000,
     views: int = 1,
+    cache: Path | None = None,
     on_progress: Progress | None = None,
 ) -> list[Result]:
     """For each pair of encoders (name to video and audio) the result `retrieval` among at most so many clips of `split`, by one
@@ -50,7 +55,8 @@ def retrieve(
     their class among at most so many of split `gallery` ("" for none), by features that are the mean over `views` evenly spaced
     views. The score is R@1.
 
-    on_progress: views done, of how many. Raises ValueError, DatasetError.
+    cache: a folder in which what encoders give of each view is kept. on_progress: views done, of how many. Raises ValueError, as
+    for encoders that give what is no number, DatasetError.
     """
     queries = held_out_rows(dataset, split, clips)
     if len(queries) < 2:
@@ -65,7 +71,7 @@ def retrieve(
     places = np.linspace(0, 1, views).tolist() if views > 1 else [_CENTRE]
     plan = [(queries, place) for place in sorted({_CENTRE, *(places if by_class else ())})]
     plan += [(among, place) for place in places] if by_class else []
-    seen = _look(dataset, encoders, view, loader, plan, places, on_progress)
+    seen = _look(dataset, encoders, view, loader, plan, places, cache, on_progress)
 
     first = next(iter(seen.values()))
     there = [row for row in queries.tolist() if row in first.embedded]
@@ -99,32 +105,63 @@ def _look(
     loader: LoaderConfig,
     plan: Sequence[tuple[NDArray[Any], float]],
     places: Sequence[float],
+    cache: Path | None,
     on_progress: Progress | None,
 ) -> dict[str, _Seen]:
-    """Each clip is read once for all encoders."""
+    """Each view is read once for all encoders, if one of them has not seen it yet."""
     device = torch.device("cuda" if loader.dali_device == "gpu" else "cpu")
     encoders = {name: (video.to(device).eval(), audio.to(device).eval()) for name, (video, audio) in encoders.items()}
+    keys = {name: [fingerprint(each) for each in pair] for name, pair in encoders.items()}
     seen = {name: _Seen() for name in encoders}
     done, total = 0, sum(len(rows) for rows, _ in plan)
     for rows, place in plan:
-        for batch in evaluation_batches(dataset, view, loader, rows, place):
-            ids, batch = batch.ids.tolist(), batch.to(device)
+        chosen = hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()
+        about = {"data": dataset.fingerprint, "rows": chosen, "place": place, "view": asdict(view), "input": INPUT}
+        widths = {name: _widths(pair, place) for name, pair in encoders.items()}
+        task = task_name("retrieval", dataset.url)
+        kept = {n: Kept(cache, len(rows), sum(widths[n]), task, {"describer": keys[n], "name": n, **about}) for n in encoders}
+        missing = np.flatnonzero(np.any([each.missing() for each in kept.values()], axis=0))
+        done += len(rows) - len(missing)
+        for batch in evaluation_batches(dataset, view, loader, rows[missing], place) if len(missing) else ():
+            at, batch = np.searchsorted(rows, batch.ids.numpy()), batch.to(device)
             for name, pair in encoders.items():
-                _add(seen[name], pair, ids, batch.video, batch.audio, place, places)
-            done += len(ids)
+                made = _numbers(pair, batch.video, batch.audio, place)
+                if not np.isfinite(made).all():
+                    said = f"what the {name} encoders give of clips of {dataset.url} is no finite number"
+                    raise ValueError(f"{said}; evaluate an earlier checkpoint, or train it anew with a lower optimiser.rate")
+                kept[name].put(at, made)
+            done += len(at)
             if on_progress:
                 on_progress(done, total)
+        if on_progress:
+            on_progress(done, total)
+        for name, each in kept.items():
+            _add(seen[name], rows[~each.missing()], each.close()[~each.missing()], widths[name], place, places)
     return seen
 
 
+def _widths(pair: Pair, place: float) -> list[int]:
+    """Of the features of video and audio, and at the centre of their embeddings."""
+    embedded = [encoder.head[-1].out_features for encoder in pair] if place == _CENTRE else []
+    return [encoder.feature_width for encoder in pair] + embedded  # type: ignore[operator]
+
+
 @torch.inference_mode()
-def _add(seen: _Seen, pair: Pair, ids: list[int], video: Tensor, audio: Tensor, place: float, places: Sequence[float]) -> None:
+def _numbers(pair: Pair, video: Tensor, audio: Tensor, place: float) -> NDArray[np.float32]:
+    """What is kept of some clips' views at a place, (b, sum of the widths)."""
     features = pair[0].features(video), pair[1].features(audio)
+    embedded = [encoder.project(each)[0] for encoder, each in zip(pair, features, strict=True)] if place == _CENTRE else []
+    return torch.cat([each.float() for each in (*features, *embedded)], dim=1).cpu().numpy()
+
+
+def _add(
+    seen: _Seen, rows: NDArray[Any], made: NDArray[np.float32], widths: Sequence[int], place: float, places: Sequence[float]
+) -> None:
+    parts = torch.from_numpy(made).split(list(widths), dim=1)
     if place == _CENTRE:
-        unit = [encoder.project(each)[0].cpu() for encoder, each in zip(pair, features, strict=True)]
-        seen.embedded |= dict(zip(ids, zip(*unit, strict=True), strict=True))
+        seen.embedded |= dict(zip(rows.tolist(), zip(*parts[2:], strict=True), strict=True))
     if place in places:
-        for row, *each in zip(ids, *(one.float().cpu() for one in features), strict=True):
+        for row, *each in zip(rows.tolist(), *parts[:2], strict=True):
             before = seen.features.get(row, (0.0, 0.0))
             seen.features[row] = before[0] + each[0], before[1] + each[1]
 

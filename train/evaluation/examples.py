@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmacc.train.evaluation.labelled import Labelled
-from cmacc.train.evaluation.media import Film, look_at, reason
+from cmacc.train.loading.film import look_at
 from cmacc.train.loading.graph import Graph
 from cmacc.train.loading.loader import LoaderConfig
-from cmacc.train.loading.sound import UNREADABLE, Sound, read_sound, to_wav
+from cmacc.train.loading.sound import LONGEST_S, UNREADABLE, read_sound, reason, to_wav
 from cmacc.train.loading.views import ClipShape, View, ViewConfig, central_view, training_views
 
 T = TypeVar("T")
@@ -135,14 +135,14 @@ class Examples:
 
 def _heard(path: Any, name: str, of: Callable[[ClipShape], list[View]], config: ViewConfig) -> Inputs:
     """A sound is to its views a clip with a frame for each sample."""
-    sound: Sound = read_sound(path)
+    sound = read_sound(path, LONGEST_S)
     views = of(ClipShape(name, len(sound.samples), float(sound.rate), 2, 2))
     cut = [sound.wav(view.sound_s, config.view_s, config.audio_rate) for view in views]
     return Inputs(sound.rate, sound.seconds, views, [], [np.frombuffer(data, np.uint8) for data, _ in cut], [at for _, at in cut])
 
 
 def _seen(path: Any, name: str, of: Callable[[ClipShape], list[View]], config: ViewConfig) -> Inputs:
-    film: Film = look_at(path)
+    film = look_at(path)
     views = [replace(view, sound_s=0.0) for view in of(ClipShape(name, film.frames, film.fps, film.width, film.height))]
     numbers = [np.minimum(config.frame_numbers(view.start_frame, film.fps), film.frames - 1) for view in views]
     pictures = film.pictures(numbers, [view.crop for view in views], config.size)

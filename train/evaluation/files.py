@@ -18,6 +18,7 @@ from cmacc.train.evaluation.finetune import FinetuneConfig, finetune
 from cmacc.train.evaluation.labelled import Labelled
 from cmacc.train.evaluation.protocols import PROTOCOLS, probe
 from cmacc.train.evaluation.results import Result, summed_up
+from cmacc.train.evaluation.splits import first_of
 from cmacc.train.export.trained import Trained
 from cmacc.train.loading.loader import LoaderConfig
 
@@ -111,6 +112,8 @@ def _finetuned(
         with stage(f"{labelled.name}-finetune-{name.replace(' ', '-')}", config.total) as tell:
             likely = finetune(trained, examples, train, test, labelled.labels, config, tell)
         there = np.isfinite(likely).all(axis=1)
+        if not there.any():
+            raise ValueError(f"{name} of {labelled.root} has no file to test that decodes; {first_of(examples.left_out)}")
         told.append((name, test[there], classes[likely[there].argmax(axis=1)]))
     crops = config.crops if labelled.kind == "video" else 1
     settings = about | asdict(config) | {"views": config.views, "crops": crops}

@@ -172,7 +172,7 @@ LAYOUTS: dict[str, Callable[[Path], Labelled]] = {
 def _by_lists(
     bag: Gathered, layout: str, sides: Mapping[str, tuple[set[Path], set[Path]]], source: Callable[[Path], str]
 ) -> Labelled:
-    """source: the video that a file was cut from; no two folds share one."""
+    """source: the video that a file was cut from, of several classes perhaps; no two folds share one."""
     if not sides:
         raise ValueError(f"{bag.root} has no whole split to test on; {'; '.join(bag.notes) or first_of(bag.left_out)}")
     files, labels = bag.sorted()
@@ -181,7 +181,7 @@ def _by_lists(
         if both := sorted(path.name for path in train & test):
             bag.notes.append(f"{name} has {len(both)} files on both sides, as {both[0]}: they are tested, not learned from")
         splits.append(split(name, *(np.array([path in side for path in files]) for side in (train - test, test))))
-    folds = dealt(labels.tolist(), [f"{path.parent.name}/{source(path)}" for path in files])
+    folds = dealt(labels.tolist(), [source(path) for path in files])
     return bag.labelled(layout, "video", files, labels, splits, folds)
 
 

@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from cmacc.train.evaluation.neighbours import knn
 from cmacc.train.evaluation.splits import Split
+from cmacc.train.evaluation.svm import LinearSvm
 
 Features = NDArray[np.float32]
 Progress = Callable[[int, str], None]
 Say = Callable[[str], None]
+Model = Callable[[NDArray[np.float64], NDArray[np.str_]], Any]
+"""From standardised rows and their labels to what fits itself for a C, tells whether it converged, and predicts."""
 Predicted = tuple[NDArray[np.str_], dict[str, Any]]
 
 COSTS = {"svm": tuple(10.0**power for power in range(-6, 1)), "logistic": tuple(10.0**power for power in range(-4, 3))}
@@ -70,11 +71,9 @@ def probe(
                 "it takes two classes to learn from and one file to test"
             )
         done = len(told)
-        with warnings.catch_warnings():  # what does not converge is told by its number of iterations
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            names, settings = PROTOCOLS[protocol](
-                x[train], labels[train], folds[train], x[test], lambda note, done=done: tell(done, note)
-            )
+        names, settings = PROTOCOLS[protocol](
+            x[train], labels[train], folds[train], x[test], lambda note, done=done: tell(done, note)
+        )
         told.append(Told(name, test, names, settings))
         tell(done + 1, name)
     return told
@@ -83,14 +82,30 @@ def probe(
 def _svm(
     x: NDArray[np.float64], y: NDArray[np.str_], folds: NDArray[np.int64], queries: NDArray[np.float64], say: Say
 ) -> Predicted:
-    # the primal problem has one solution, whatever the order of the rows, and no random numbers
-    return _linear(lambda c: LinearSVC(C=c, dual=False, tol=1e-5, max_iter=_ITERATIONS), COSTS["svm"], x, y, folds, queries, say)
+    return _linear(LinearSvm, COSTS["svm"], x, y, folds, queries, say)
 
 
 def _logistic(
     x: NDArray[np.float64], y: NDArray[np.str_], folds: NDArray[np.int64], queries: NDArray[np.float64], say: Say
 ) -> Predicted:
-    return _linear(lambda c: LogisticRegression(C=c, max_iter=_ITERATIONS), COSTS["logistic"], x, y, folds, queries, say)
+    return _linear(_Logistic, COSTS["logistic"], x, y, folds, queries, say)
+
+
+class _Logistic:
+    """Each fit begins anew: from the weights of a smaller C it would stop where it is, its gradient being small already."""
+
+    def __init__(self, x: NDArray[np.float64], y: NDArray[np.str_]) -> None:
+        self._x, self._y = x, y
+        self._model = LogisticRegression(max_iter=_ITERATIONS)
+
+    def fit(self, cost: float) -> bool:
+        with warnings.catch_warnings():  # what does not converge is told by its number of iterations
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._model.set_params(C=cost).fit(self._x, self._y)
+        return bool(np.max(self._model.n_iter_) < _ITERATIONS)
+
+    def predict(self, x: NDArray[np.float64]) -> NDArray[np.str_]:
+        return np.asarray(self._model.predict(x))
 
 
 def _knn(
@@ -104,8 +119,22 @@ def _knn(
 PROTOCOLS: dict[str, Callable[..., Predicted]] = {"svm": _svm, "logistic": _logistic, "knn": _knn}
 
 
+class _Fold:
+    """A model of the training rows outside one of their folds, which tries one C after another on that fold."""
+
+    def __init__(self, model: Model, x: NDArray[np.float64], y: NDArray[np.str_], inside: NDArray[np.bool_]) -> None:
+        scaler = StandardScaler().fit(x[~inside])
+        self._model = model(scaler.transform(x[~inside]), y[~inside])
+        self._x, self._y = scaler.transform(x[inside]), y[inside]
+
+    def right(self, cost: float) -> tuple[int, bool]:
+        """How many rows of the fold are told rightly by the others, and whether the fit converged."""
+        converged = self._model.fit(cost)
+        return int((self._model.predict(self._x) == self._y).sum()), converged
+
+
 def _linear(
-    model: Callable[[float], Any],
+    model: Model,
     costs: Sequence[float],
     x: NDArray[np.float64],
     y: NDArray[np.str_],
@@ -113,35 +142,25 @@ def _linear(
     queries: NDArray[np.float64],
     say: Say,
 ) -> Predicted:
-    def fitted(c: float, rows: NDArray[np.bool_] | slice) -> Pipeline:
-        return make_pipeline(StandardScaler(), model(c)).fit(x[rows], y[rows])
-
     # leaving out a fold that holds all but one class would leave nothing to learn
     inner = [fold for fold in np.unique(folds) if len(set(y[folds != fold].tolist())) > 1]
     if not inner:
         raise ValueError(f"{len(y)} files to learn from are too few to choose C; give two or more of each class")
     count = sum(int((folds == fold).sum()) for fold in inner)
-
-    def left_out(c: float, fold: int) -> tuple[int, bool]:
-        """How many rows of a fold are told rightly by the others."""
-        found = fitted(c, folds != fold)
-        return int((found.predict(x[folds == fold]) == y[folds == fold]).sum()), _converged(found)
-
     best, cost = -1.0, costs[0]
     # a thread for each fold: more of them, inside, would wait for each other
     inside = max(1, joblib.cpu_count() // len(inner))
     with threadpool_limits(inside), joblib.Parallel(n_jobs=-1, prefer="threads") as parallel:
+        tried = parallel(joblib.delayed(_Fold)(model, x, y, folds == fold) for fold in inner)
         for c in costs:
-            right, converged = zip(*parallel(joblib.delayed(left_out)(c, fold) for fold in inner), strict=True)
+            right, converged = zip(*parallel(joblib.delayed(fold.right)(c) for fold in tried), strict=True)
             share = sum(right) / count
             say(f"C {c:g}: {share:.1%} of the training files")
             if not all(converged):  # nor would larger ones
                 break
             if share > best:
                 best, cost = share, c
-    found = fitted(cost, slice(None))
-    return found.predict(queries), {"C": cost, "inner_score": best, "converged": _converged(found)}
-
-
-def _converged(found: Pipeline) -> bool:
-    return bool(np.max(found[-1].n_iter_) < _ITERATIONS)
+    scaler = StandardScaler().fit(x)
+    final = model(scaler.transform(x), y)
+    converged = final.fit(cost)
+    return final.predict(scaler.transform(queries)), {"C": cost, "inner_score": best, "converged": converged}

@@ -84,8 +84,8 @@ def summed_up(
 def write(folder: str | os.PathLike[str], results: Sequence[Result]) -> list[Path]:
     """Write TASK.json for each task among `results`, aside and renamed. Returns the paths.
 
-    What the file has of the same weights by other protocols stays; the rest is replaced. folder: a run's (there they go into
-    `evaluation/`), or one for results alone.
+    What the file has of the same weights on the same data by other protocols stays; the rest is replaced. folder: a run's (there
+    they go into `evaluation/`), or one for results alone. Raises ValueError as `read_task` does.
     """
     place = results_folder(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -93,9 +93,8 @@ def write(folder: str | os.PathLike[str], results: Sequence[Result]) -> list[Pat
     for task in dict.fromkeys(result.task for result in results):
         path = place / f"{task}.json"
         new = [result for result in results if result.task == task]
-        same = {(r.protocol, r.encoder) for r in new}, {r.settings.get("weights") for r in new}
-        before = _read(path) if path.exists() else []
-        new = [r for r in before if (r.protocol, r.encoder) not in same[0] and r.settings.get("weights") in same[1]] + new
+        anew, of = {(r.protocol, r.encoder) for r in new}, {_of(r) for r in new}
+        new = [r for r in read_task(folder, task) if (r.protocol, r.encoder) not in anew and _of(r) in of] + new
         aside = path.with_name(f".{path.name}.part")
         with aside.open("w") as file:
             json.dump([asdict(result) for result in new], file, indent=1)
@@ -105,6 +104,16 @@ def write(folder: str | os.PathLike[str], results: Sequence[Result]) -> list[Pat
         aside.rename(path)
         paths.append(path)
     return paths
+
+
+def _of(result: Result) -> tuple[Any, Any]:
+    return result.settings.get("weights"), result.settings.get("data")
+
+
+def read_task(folder: str | os.PathLike[str], task: str) -> list[Result]:
+    """What is there of one task, perhaps nothing. Raises ValueError for a file that holds something else."""
+    path = results_folder(folder) / f"{task}.json"
+    return _read(path) if path.exists() else []
 
 
 def read_results(folder: str | os.PathLike[str]) -> list[Result]:

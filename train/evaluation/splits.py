@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,14 +99,17 @@ class Gathered:
 
 
 def dealt(labels: list[str], groups: list[str], folds: int = FOLDS) -> NDArray[np.int64]:
-    """A fold for each file, 0 to `folds` - 1: each class dealt evenly, files of a group together; by the names alone."""
+    """A fold for each file, 0 to `folds` - 1, by the names alone: files of a group together, also those of several classes, and
+    the groups of each class as evenly as that leaves room for."""
     members: dict[str, set[str]] = {}
     for label, group in zip(labels, groups, strict=True):
         members.setdefault(label, set()).add(group)
     place: dict[str, int] = {}
     for i, label in enumerate(sorted(members)):  # each class begins with another fold, so that small ones do not fill the first
-        ordered = sorted(members[label], key=lambda group: hashlib.blake2b(group.encode()).digest())
-        place |= {group: (i + n) % folds for n, group in enumerate(ordered)}
+        filled = Counter(place[group] for group in members[label] if group in place)
+        for group in sorted(members[label] - place.keys(), key=lambda group: hashlib.blake2b(group.encode()).digest()):
+            place[group] = min(range(folds), key=lambda fold: (filled[fold], (fold - i) % folds))
+            filled[place[group]] += 1
     return np.array([place[group] for group in groups], dtype=np.int64)
 
 

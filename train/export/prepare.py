@@ -1,9 +1,15 @@
-"""Media to what an encoder takes, in plain torch and PyAV: as the training graph makes it, without augmentation."""
+"""Media to what an encoder takes, in plain torch and PyAV: as the training graph makes it, without augmentation.
+
+Files are read as those of a labelled data set are: one that is cut short or does not decode is refused, never taken in part; of a
+longer one the first ten minutes are looked at.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import av
@@ -13,10 +19,10 @@ import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmacc.train.export.media import Source, read_film, read_frames, read_sound
 from cmacc.train.loading.constants import FLOOR_DB, PICTURE_MEAN, PICTURE_STD
-from cmacc.train.loading.frames import Box, Finish
-from cmacc.train.loading.sound import resampled
+from cmacc.train.loading.film import look_at
+from cmacc.train.loading.frames import UNDECODABLE, Box, Finish
+from cmacc.train.loading.sound import LONGEST_S, Source, read_sound, reason, resampled
 from cmacc.train.loading.views import ClipShape, ViewConfig, central_view
 
 
@@ -51,8 +57,9 @@ class Prepare:
         if isinstance(sound, Tensor | np.ndarray):
             heard, rate = _waveform(sound), _rate(rate)
         else:
-            heard, found = read_sound(sound)
-            rate = float(found)
+            with _refused(sound, "no sound that decodes", "give a file with sound"):
+                found = read_sound(sound, LONGEST_S)
+            heard, rate = torch.from_numpy(found.samples), float(found.rate)
         seconds, samples = len(heard) / rate, round(view.view_s * view.audio_rate)
         starts = [place * max(0.0, seconds - view.view_s) for place in _places(views)] if at is None else at
         heard = torch.from_numpy(resampled(heard.numpy(), round(rate), view.audio_rate))
@@ -73,12 +80,11 @@ class Prepare:
             shape = ClipShape("", len(frames), _fps(fps), width=frames.shape[2], height=frames.shape[1])
             made = [self._scaled(frames, numbers, crop) for numbers, crop in self._plan(shape, views, at)]
         else:
-            known = read_film(film)
-            shape = ClipShape("", known.frames, known.fps, round(known.width * known.aspect), known.height)
-            made = [
-                read_frames(film, known, numbers, _stored(crop, known.aspect), self.view.size)
-                for numbers, crop in self._plan(shape, views, at)
-            ]
+            with _refused(film, "no picture that decodes", "give another film"):
+                known = look_at(film)
+            plan = self._plan(ClipShape("", known.frames, known.fps, known.width, known.height), views, at)
+            with _refused(film, "no picture that decodes", "give another film"):
+                made = known.pictures([numbers for numbers, _ in plan], [crop for _, crop in plan], self.view.size)
         pictures = torch.from_numpy(np.stack(made)).permute(0, 4, 1, 2, 3).float()
         return ((pictures - PICTURE_MEAN) / PICTURE_STD).contiguous()
 
@@ -139,7 +145,11 @@ def _cut(heard: Tensor, start: int, samples: int) -> Tensor:
     return torch.nn.functional.pad(part, (0, samples - len(part))).double()
 
 
-def _stored(crop: Box, aspect: float) -> Box:
-    """A crop of the picture as it is to be seen, in pixels as they are stored."""
-    top, left, height, width = crop
-    return top, int(left / aspect) // 2 * 2, height, max(2, int(width / aspect) // 2 * 2)
+@contextmanager
+def _refused(source: Source, what: str, instead: str) -> Iterator[None]:
+    """A sentence for what the reader raises of a bad file; that a file is not there, or not ours to read, is told as it is."""
+    try:
+        yield
+    except UNDECODABLE as error:
+        name = "the file" if isinstance(source, bytes) else os.fspath(source)
+        raise ValueError(f"{name} has {what} ({reason(error)}); {instead}") from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
+import os
 import struct
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -20,6 +23,22 @@ UNREADABLE = (ValueError, OSError, av.error.FFmpegError, IndexError, MemoryError
 MARGIN_S = 0.05
 """Of sound on both sides of a view, where it is resampled."""
 OPEN = {"protocol_whitelist": "none"}  # a file may be a playlist in disguise
+LONGEST_S = 600.0
+"""Of a longer sound or film that is no clip at rest, the first ten minutes are looked at."""
+
+Source = str | os.PathLike[str] | bytes
+"""A media file, or what is in one."""
+
+
+def opened(source: Source) -> BinaryIO:
+    """Raises OSError."""
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+
+
+def reason(error: BaseException) -> str:
+    """What one of UNREADABLE says, in a line."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -53,16 +72,22 @@ def resampled(samples: NDArray[np.float32], rate: int, target: int) -> NDArray[n
     return np.asarray(resample_poly(samples, target // common, rate // common), np.float32)
 
 
-def read_sound(source: Path | bytes) -> Sound:
-    """Decode the first sound of a file. Raises one of UNREADABLE; a file that is cut short or damaged is one of them."""
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+def read_sound(source: Source, most_s: float = math.inf) -> Sound:
+    """Decode the first sound of a file, of a longer one the first `most_s` seconds. Raises one of UNREADABLE: a file that is cut
+    short, or damaged in what is decoded, is refused, never taken in part."""
+    with opened(source) as file:
         about = probe(file, "audio")
         file.seek(0)
         with av.open(file, "r", container_options=OPEN, metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
-            parts = [_mono(frame) for frame in container.decode(stream)]
-    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+            parts, had, most = [], 0, most_s * int(about["rate"])
+            for frame in container.decode(stream):
+                parts.append(_mono(frame))
+                had += len(parts[-1])
+                if had >= most:
+                    break
+    samples = np.concatenate(parts)[: round(min(had, most))] if parts else np.zeros(0, np.float32)
     if not len(samples):
         raise ValueError("it has no sound in it")
     if not np.isfinite(samples).all():
