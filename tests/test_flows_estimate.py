@@ -236,9 +236,9 @@ def test_what_was_measured_of_gpus_is_taken_over(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_rates_can_be_measured_again(tmp_path: Path) -> None:
-    """On one made recording of 12 s, of which the first 10 become a clip."""
+    """On two made recordings of 12 s, of which the first 10 become a clip."""
     makes = "import sys; from pathlib import Path; from media import Look, make_media; "
-    makes += "make_media(Path(sys.argv[1]), 1, ((0.0, 10.0),), Look(320, 240, 25, 12.0), distinct=1)"
+    makes += "make_media(Path(sys.argv[1]), 2, ((0.0, 10.0),), Look(320, 240, 25, 12.0), distinct=2)"
     subprocess.run(
         [sys.executable, "-c", makes, str(tmp_path / "media")],
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}, check=True, timeout=300,
@@ -246,7 +246,7 @@ def test_the_rates_can_be_measured_again(tmp_path: Path) -> None:
     found = run_script("--recordings", tmp_path / "media", "--out", tmp_path / "rates.json")
     assert list(found.profiles) == list(PROFILES)
     assert all(each.value > 0 for each in every_rate(found))
-    assert all("1 recordings, 10 s in all, median picture 320x240" in each.of for each in every_rate(found))
+    assert all("2 recordings, 20 s in all, median picture 320x240" in each.of for each in every_rate(found))
     assert found.profiles["mjpeg"].stored.value > found.profiles["h264"].stored.value, "intra frames alone take more room"
 
 
