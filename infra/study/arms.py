@@ -91,6 +91,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "active": {},
 }
 """Of the small real data sets, m=.99."""
+SMALL_PAIRS = (("active", "queue"), ("active", "batch alone"), ("queue", "untrained"))
 _SIZED: dict[str, dict[str, Any]] = {
     "grid": {"batch": 16, "dictionary": 48, "candidates": 80, "steps": 300},
     "real": {"batch": 32, "dictionary": 128, "candidates": 256, "steps": 300},

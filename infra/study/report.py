@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from arms import DEVELOPMENT_SEEDS, MIDDLE, PAIRS, REASONS, SEEDS, SIZES, M
+from arms import DEVELOPMENT_SEEDS, MIDDLE, PAIRS, REASONS, SEEDS, SIZES, SMALL_PAIRS, M
 from figures import draw_all
 from measures import SCORES, WITHIN, Found, Result, Value, last, paired, read_all
 
@@ -50,11 +51,7 @@ def size_tables(found: Found, data: str) -> str:
 def other_tables(found: Found, data: str) -> str:
     """Arms at the middle size: the differences of those that are held against each other, then what each came to."""
     pairs = [pair for pair in PAIRS if all((data, arm) in found.by for arm in pair)]
-    rows = []
-    for arm, other in pairs:
-        each = (paired(*(found.values(data, one, value) for one in (arm, other))) for value in SCORES.values())
-        rows.append([f"{arm} - {other}", *map(shown, each)])
-    differences = table([f"{data}, K={MIDDLE}: difference", *SCORES], rows)
+    differences = _differences(found, data, pairs, f"{data}, K={MIDDLE}: difference", SCORES)
     names = ("effective classes", "duplicates", "age, steps", "loss")
     rows = []
     for arm in dict.fromkeys(arm for pair in PAIRS for arm in pair):
@@ -64,23 +61,34 @@ def other_tables(found: Found, data: str) -> str:
     return f"{differences}\n\n{table([data, *SCORES, *names, 'processor seconds'], rows)}"
 
 
+def _differences(found: Found, data: str, pairs: Iterable[tuple[str, str]], head: str, columns: dict[str, Value]) -> str:
+    """Arms held against each other, seeds in pairs."""
+    rows = []
+    for arm, other in pairs:
+        each = (paired(*(found.values(data, one, value) for one in (arm, other))) for value in columns.values())
+        rows.append([f"{arm} - {other}", *map(shown, each)])
+    return table([head, *columns], rows)
+
+
 def _seconds(result: Result) -> float:
     return float(result["seconds"]["processor"])
 
 
 def plain_table(found: Found, data: str) -> str:
-    """All arms of a small data set."""
-    columns: dict[str, Value] = {
-        **{k: v for k, v in SCORES.items() if k != "rare class@1"},
-        "probe": lambda result: result["probe"]["both"],
-        "chance R@5": last("chance_R@5"),
-        "chance class@1": last("chance_class@1"),
-    }
+    """All arms of a small data set: what each came to, then the differences of those that are held against each other."""
+    scores = {name: value for name, value in SCORES.items() if name != "rare class@1"}
+    scores["probe"] = lambda result: result["probe"]["both"]
     if data == "real":
-        columns["ESC-10, audio probe"] = lambda result: result["esc10"]["accuracy"]
+        scores["ESC-10, audio probe"] = lambda result: result["esc10"]["accuracy"]
+    within = ("effective classes", "duplicates", "age, steps")
+    chances = {"chance R@5": last("chance_R@5"), "chance class@1": last("chance_class@1")}
+    columns = {**scores, **chances, **{name: WITHIN[name] for name in within}}
     arms = found.arms(data)
+    if not arms:
+        return ""
     rows = [[arm, *(spread(found.values(data, arm, value)) for value in columns.values())] for arm in arms]
-    return table([data, *columns], rows) if rows else ""
+    pairs = [pair for pair in SMALL_PAIRS if all(arm in arms for arm in pair)]
+    return f"{table([data, *columns], rows)}\n\n{_differences(found, data, pairs, f'{data}: difference', scores)}"
 
 
 def development_table(results: list[Result]) -> str:
