@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import math
 import os
-import re
-import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -22,110 +19,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cmacc.shards.blocks import Blocks
 from cmacc.shards.cache import Cache
 from cmacc.shards.catalog import Catalog
 from cmacc.shards.catalog_writer import CATALOG
 from cmacc.shards.errors import DatasetError
+from cmacc.shards.local import LocalFile, Member
+from cmacc.shards.meta import META, Meta, Shard
 from cmacc.shards.profile import Profile
 from cmacc.shards.remote import PATIENCE_S, File, Span, Unreadable, fetch, sizes, whole
 from cmacc.shards.rows import RowCache
 
+__all__ = ["META", "Dataset", "Meta", "Shard"]
+
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-META = "dataset.json"
 _OPEN_FILES = 128
 _KEYS_AT_ONCE = 1 << 18  # that are Python strings, ten times the size, for a moment
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.tar")
-
-
-class Shard(BaseModel):
-    """One tar of the data set. clips: how many; bytes: its size; sha256: hex digest of the whole file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    clips: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        if not _SHARD.fullmatch(name):
-            raise ValueError("a shard is a .tar in the data set's own folder")
-        return name
-
-    @model_validator(mode="after")
-    def _possible(self) -> Shard:
-        if self.clips * tarfile.BLOCKSIZE > self.bytes:
-            raise ValueError("the shard has more clips than its bytes can hold")
-        return self
-
-
-class Meta(BaseModel):
-    """`dataset.json`. members: extensions every clip has; provenance: whatever its maker wants kept (JSON).
-
-    foreign: the shards were made elsewhere and indexed where they lie: their json member, if there is one, is not ours, they
-    may hold other things besides, and the profile is None unless all clips are alike and as one of ours could be.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: int = FORMAT
-    profile: dict[str, Any] | None
-    foreign: bool = False
-    members: tuple[str, ...]
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    shards: list[Shard] = Field(default_factory=list)
-
-    @field_validator("profile")
-    @classmethod
-    def _known(cls, profile: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if profile is None else Profile.from_json(profile).to_json()
-
-    @field_validator("shards")
-    @classmethod
-    def _distinct(cls, shards: list[Shard]) -> list[Shard]:
-        if len({s.name for s in shards}) < len(shards):
-            raise ValueError("a shard is named twice")
-        return shards
-
-    @model_validator(mode="after")
-    def _complete(self) -> Meta:
-        media = [m for m in self.members if m != "json"]
-        if not media or len(set(self.members)) < len(self.members) or not (self.foreign or self.members == (*media, "json")):
-            raise ValueError("members are one or two media extensions, and json last")
-        if self.profile is None and not self.foreign:
-            raise ValueError("there is no profile")
-        return self
-
-    @property
-    def clips(self) -> int:
-        """How many, in all shards."""
-        return sum(s.clips for s in self.shards)
-
-    def to_bytes(self) -> bytes:
-        """The file's content; the same data set always gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Meta:
-        """Raises DatasetError; `where` names the file in it."""
-        try:
-            found = json.loads(data)
-            if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
-                raise DatasetError(f"{where} has format {found['format']}, this cmacc reads {FORMAT}: upgrade cmacc")
-            return cls.model_validate(found)
-        except ValidationError as e:
-            first = e.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "top"
-            raise DatasetError(f"{where} is not usable at {place}: {first['msg']}; restore it from a copy") from e
-        except (ValueError, RecursionError) as e:
-            raise DatasetError(f"{where} is not JSON ({e}); restore it from a copy") from e
 
 
 class Dataset:
@@ -329,7 +240,7 @@ class Dataset:
         if not self.local:
             return io.BytesIO(self.ranges([(shard, begin, begin + size)])[0])  # type: ignore[return-value]
         self._open(shard)
-        return _Member(self, shard, begin, size)
+        return Member(self.ranges, shard, begin, size)
 
     def places(self, rows: slice | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the members of some clips lie in their shards: offsets and sizes, bytes, int64 (n, members) each.
@@ -451,10 +362,10 @@ class Dataset:
             raise DatasetError(f"{said}; check the network and the right to read it, and try again") from e
         return [next(got) if s.begin < s.end else b"" for s in spans]
 
-    def _open_shard(self, shard: int) -> _LocalFile:
+    def _open_shard(self, shard: int) -> LocalFile:
         entry = self.meta.shards[shard]
         try:
-            file = _LocalFile(f"{self._path}/{entry.name}")
+            file = LocalFile(f"{self._path}/{entry.name}")
         except FileNotFoundError as e:
             raise DatasetError(f"shard {entry.name} is missing from {self.url}; copy it there again") from e
         if file.size != entry.bytes:
@@ -465,39 +376,6 @@ class Dataset:
         entry = self.meta.shards[shard]
         said = f"{self.url}/{entry.name} is truncated or changed: {size} bytes, not {entry.bytes}"
         return DatasetError(f"{said}; copy it again")
-
-
-class _Member(io.RawIOBase):
-    """Bytes of a local shard as a file of their own. It does not hold the shard open: thousands may wait to be read."""
-
-    def __init__(self, dataset: Dataset, shard: int, begin: int, size: int) -> None:
-        self._dataset, self._shard, self._begin, self._size, self._at = dataset, shard, begin, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size < 0 else min(self._at + size, self._size)
-        if end <= self._at:
-            return b""
-        data = self._dataset.ranges([(self._shard, self._begin + self._at, self._begin + end)])[0]
-        self._at = end
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _cache_of_environment() -> Cache | None:
@@ -519,36 +397,3 @@ def _patience_of_environment() -> float:
     if not 0 < patience < math.inf:
         raise DatasetError(f"CMACC_PATIENCE_S is {said!r}; give a number of seconds")
     return patience
-
-
-class _LocalFile:
-    """An open file read by position alone, so that threads and forked processes share it without a lock."""
-
-    def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._fd).st_size
-
-    def read(self, begin: int, end: int) -> bytes:
-        data = os.pread(self._fd, end - begin, begin)
-        while data and len(data) < end - begin:
-            more = os.pread(self._fd, end - begin - len(data), begin + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def read_into(self, buffer: memoryview, begin: int) -> int:
-        """Fill `buffer` from byte `begin` on; how much of it there was."""
-        done = 0
-        while done < len(buffer) and (more := os.preadv(self._fd, [buffer[done:]], begin + done)):
-            done += more
-        return done
-
-    def read_ahead(self, begin: int, end: int) -> None:
-        """Ask the system for bytes that will be read soon, where it can be asked; does not wait for them."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 VIDEO_CODECS = ("h264", "mjpeg", "vp9")
 AUDIO_CODECS = ("flac", "opus")
+FOREIGN = "foreign"
+"""Name of a profile that clips made elsewhere were found to have."""
+_ROUNDED = 1e-4  # a tenth of what NTSC is slower by
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Profile:
     """Encoding of the two media members of every clip in a data set.
 
     short_side: pixels of the shorter picture side; a smaller source is not enlarged. Sides are made even.
-    fps: constant frame rate, frames per second.
+    fps: constant frame rate, frames per second; of foreign clips the nominal one, see `is_rate`.
     gop: frames from one keyframe to the next; groups are closed. 1 means intra only.
     b_frames: bidirectional frames between two references (0: decode order is display order).
     quality: the codec's own scale, lower is better (x264 CRF, VP9 CRF, MJPEG q).
@@ -61,6 +64,12 @@ class Profile:
     @property
     def members(self) -> tuple[str, str, str]:
         return self.video_member, self.audio_member, "json"
+
+    def is_rate(self, fps: float) -> bool:
+        """Whether clips of `fps` frames a second are of this profile: foreign ones may be a thousandth slower than `fps` says
+        (NTSC's 30000/1001, 29.97 for short), and their rate may be rounded."""
+        near = (fps / self.fps, 1.001 * fps / self.fps)
+        return fps == self.fps or (self.name == FOREIGN and any(abs(ratio - 1) < _ROUNDED for ratio in near))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,14 +19,16 @@ def tiny_profile(**changes: object) -> Profile:
 
 
 @lru_cache(maxsize=64)
-def video_bytes(seed: int = 0, frames: int = 8, fps: int = 8, width: int = 48, height: int = 32, gop: int = 4) -> bytes:
+def video_bytes(
+    seed: int = 0, frames: int = 8, fps: int | Fraction = 8, width: int = 48, height: int = 32, gop: int = 4
+) -> bytes:
     """An MP4 with H.264 in it, picture only: noise over a moving ramp."""
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, fps)
+        stream.time_base = stream.codec_context.time_base = 1 / Fraction(fps)
         stream.codec_context.gop_size = gop
         stream.options = {"preset": "ultrafast", "bf": "0", "sc_threshold": "0", "threads": "1"}
         ramp = np.linspace(0, 200, width)[None, :, None]

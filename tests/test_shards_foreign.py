@@ -15,6 +15,7 @@ import sys
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from cmacc.shards.foreign.indexing import Indexed, index_shards
 from cmacc.shards.foreign.rows import facts_with_captions, said_of
 from cmacc.shards.foreign.said import Fields, said, source_of
 from cmacc.shards.foreign.tar import ForeignTar
+from cmacc.shards.lint import lint
 from cmacc.shards.place import Folder
 from cmacc.shards.probe import Window, probe
 from cmacc.shards.prober import Prober
@@ -533,6 +535,25 @@ def test_profile_is_inferred_where_all_are_alike(tmp_path: Path, other: Members,
     assert (index(tmp_path).profile is not None) == alike
     if alike:
         assert Dataset.open(tmp_path).profile == replace(tiny_profile(), name="foreign")
+
+
+@pytest.mark.parametrize(("rate", "nominal"), [("30000/1001", 30), ("24000/1001", 24), ("29.97", 30)])
+def test_clips_of_ntsc_rates_are_alike(tmp_path: Path, rate: str, nominal: int) -> None:
+    """Each has its own rate in the catalog, and the checks take it; a rate between them is none of a profile's."""
+    (tmp_path / "in").mkdir()
+    fps = Fraction(rate)
+    sound = audio_bytes(seconds=float(30 / fps))
+    members = [(f"{key}.{m}", data) for key in "ab" for m, data in (("mp4", video_bytes(fps=fps, frames=30)), ("flac", sound))]
+    write(tmp_path / "in", x=[*members, *(("c.json", b"{}"), ("d.json", b"{}"))])
+    index(tmp_path / "in")
+    dataset = Dataset.open(tmp_path / "in")
+    assert dataset.profile.fps == nominal
+    assert dataset.numbers("fps", [0, 1]).tolist() == pytest.approx([float(fps)] * 2, rel=1e-6)
+    assert not lint(tmp_path / "in")
+    between = [("b.mp4", video_bytes(fps=Fraction(297, 10), frames=30)), ("b.flac", sound)]
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", x=[*members[:2], *between])
+    assert index(tmp_path / "other").profile is None
 
 
 def test_reshard_takes_them(tmp_path: Path) -> None:

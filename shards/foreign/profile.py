@@ -7,7 +7,7 @@ from typing import Any
 
 from cmacc.shards.clip import AUDIO, VIDEO
 from cmacc.shards.foreign.notes import Notes
-from cmacc.shards.profile import AUDIO_CODECS, VIDEO_CODECS, Profile
+from cmacc.shards.profile import AUDIO_CODECS, FOREIGN, VIDEO_CODECS, Profile
 
 _SOUND_TOLERANCE_S = 0.1
 
@@ -37,13 +37,15 @@ class Alike:
         if "error" in sound:
             return True  # a sample that was left out
         fps, short = video["fps"], min(video["width"], video["height"])
-        self._looks.add((video["codec"], round(fps), short, sound["rate"]))
+        nominal = max(1, round(fps))
+        self._looks.add((video["codec"], nominal, short, sound["rate"]))
         marks = [*video["keyframes"], video["frames"]]
         self._gop = max(self._gop, *(b - a for a, b in pairwise(marks)))
         self._reordered |= video["reordered"]
         return (
             len(self._looks) == 1 and video["codec"] in VIDEO_CODECS and sound["codec"] == self._pair[1]
-            and fps == round(fps) > 0 and video["constant"] and marks[0] == 0 and not video["sound"] and not video["rotation"]
+            and Profile(FOREIGN, fps=nominal).is_rate(fps) and video["constant"] and marks[0] == 0
+            and not video["sound"] and not video["rotation"]
             and video["frames"] == round(video["seconds"] * fps) and short >= 16 and short % 2 == 0
             and abs(video["seconds"] - sound["seconds"]) <= _SOUND_TOLERANCE_S
         )  # fmt: skip
@@ -55,6 +57,6 @@ class Alike:
         codec, fps, short, rate = next(iter(self._looks))
         b_frames = min(2, self._gop - 1) if self._reordered else 0
         return Profile(
-            name="foreign", codec=codec, short_side=short, fps=fps, gop=self._gop, b_frames=b_frames,
+            name=FOREIGN, codec=codec, short_side=short, fps=fps, gop=self._gop, b_frames=b_frames,
             audio_codec=self._pair[1], audio_rate=rate,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -80,10 +80,12 @@ def _video(profile: Profile, facts: Facts, data: bytes) -> _Wrong:
 def _groups(profile: Profile, facts: Facts, packets: list[Any]) -> _Wrong:
     """Frame rate and groups of pictures, from packets in the order they are decoded in."""
     shown = sorted(packets, key=lambda p: p.pts)
-    if facts.fps != profile.fps:
+    if not profile.is_rate(facts.fps):
         return "decode", f"has {facts.fps:g} frames a second by its facts, the profile says {profile.fps}"
-    if any((p.pts - shown[0].pts) * p.time_base != Fraction(i, profile.fps) for i, p in enumerate(shown)):
-        return "decode", f"has frames that are not 1/{profile.fps} s apart"
+    exact = facts.fps == profile.fps  # else the container's clock need not have its instants
+    rate = Fraction(profile.fps) if exact else Fraction(facts.fps)
+    if any(abs((p.pts - shown[0].pts) * p.time_base - i / rate) > (0 if exact else p.time_base) for i, p in enumerate(shown)):
+        return "decode", f"has frames that are not 1/{facts.fps:g} s apart"
     keyframes = [i for i, p in enumerate(shown) if p.is_keyframe]
     if keyframes != list(facts.keyframes):
         return "decode", f"has keyframes {_some(keyframes)}, its facts say {_some(facts.keyframes)}"

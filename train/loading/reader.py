@@ -147,12 +147,12 @@ class ViewReader:
         """What the catalogs say of some clips; only the parts of them that are touched are read."""
         clips: list[Clip | None] = [None] * len(row)
         for s in set(source):
-            dataset, fps = self.datasets[s], float(self.datasets[s].profile.fps)
+            dataset = self.datasets[s]
             here = [i for i, other in enumerate(source) if other == s]
             rows = np.array([row[i] for i in here], dtype=np.int64)
-            numbers = (dataset.numbers(name, rows).tolist() for name in ("n_frames", "width", "height"))
+            numbers = (dataset.numbers(name, rows).tolist() for name in ("n_frames", "fps", "width", "height"))
             columns = dataset.texts("key", rows), *numbers, dataset.texts("source", rows), dataset.first_labels(rows).tolist()
-            for i, r, key, n_frames, width, height, video, label in zip(here, rows.tolist(), *columns, strict=True):
+            for i, r, key, n_frames, fps, width, height, video, label in zip(here, rows.tolist(), *columns, strict=True):
                 shape = ClipShape(key, n_frames, fps, width, height)
                 clips[i] = Clip(s, r, shape, _number(video), label + self._first_label[s] if label >= 0 else -1)
         return clips  # type: ignore[return-value]
