@@ -97,22 +97,19 @@ class Graph:
     def _taken(self, batch: Any) -> Tensor:
         """A copy: DALI uses its buffer again at the next run."""
         made = torch.from_dlpack(batch.as_tensor())
-        return made.clone() if made.is_cuda else torch.from_numpy(self._rooms.like(made)).copy_(made)
+        if made.is_cuda:
+            return made.clone()
+        room = self._rooms.like(made)
+        np.copyto(room, made.numpy())  # by this thread alone: those that torch would wake spin for longer than it takes
+        return torch.from_numpy(room)
 
-    def culprit(
-        self,
-        video: Sequence[NDArray[np.uint8]],
-        audio: Sequence[NDArray[np.uint8]],
-        views: Sequence[View],
-        numbers: Sequence[NDArray[np.integer]] = (),
-        cut: Sequence[float] = (),
-    ) -> tuple[int, str] | None:
-        """Place of the first clip that fails by itself, and DALI's reason; a batch fails as a whole and does not say."""
+    def culprit(self, *given: Sequence[Any]) -> tuple[int, str] | None:
+        """Place of the first clip that fails by itself, and DALI's reason; a batch fails as a whole and does not say. given: what
+        `run` was, in its order."""
         alone = Graph(self.config, 1, self.device, decoder=self.decoder, pictures=self.pictures)
-        for at in range(len(views)):
-            one = slice(at, at + 1)
+        for at in range(len(given[1])):
             try:
-                alone.run(video[one], audio[one], views[one], numbers[one], cut[one])
+                alone.run(*(column[at : at + 1] for column in given))
             except RuntimeError as error:
                 text = str(error)
                 return at, (text.partition("encountered:")[2] or text).strip().partition("\n")[0]
