@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def _lines(ax: Axes, found: Found, data: str, value: Any) -> None:
     ax.set_xlabel("size of the dictionary")
 
 
+def _legend(figure: Any, axes: Iterable[Axes]) -> None:
+    """One for all, above them, where nothing is drawn."""
+    named: dict[str, Any] = {}
+    for ax in axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    if named:
+        figure.legend(named.values(), named.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(named))
+
+
 def _sizes(found: Found) -> Any:
     """Does random saturate where active goes on?"""
     names = ("R@5", "class@1", "rare class@1", "probe, few labels")
@@ -63,10 +74,8 @@ def _sizes(found: Found) -> Any:
         for ax, name in zip(row, names, strict=True):
             _lines(ax, found, data, SCORES[name])
             ax.set_title(f"{name}, {data} classes")
-    drawn = next((ax for ax in axes.flat if ax.lines), None)
-    if drawn is not None:
-        drawn.legend(loc="best")
     figure.tight_layout()
+    _legend(figure, axes.flat)
     return figure
 
 
@@ -88,10 +97,8 @@ def _classes(found: Found) -> Any:
         ax.set_xlabel("step")
     axes[0][0].set_ylabel("classes in the dictionary")
     axes[1][0].set_ylabel("classes in the dictionary")
-    drawn = next((ax for ax in axes.flat if ax.lines), None)
-    if drawn is not None:
-        drawn.legend(loc="lower right", fontsize=7)
     figure.tight_layout()
+    _legend(figure, axes.flat)
     return figure
 
 
@@ -124,8 +131,8 @@ def _differences(found: Found) -> Any:
         ax.set_title(name)
     axes[0].set_yticks(range(len(pairs)), [f"{arm} - {other}" for arm, other in pairs])
     axes[0].invert_yaxis()
-    axes[-1].legend(loc="best", fontsize=8)
     figure.tight_layout()
+    _legend(figure, axes)
     return figure
 
 
@@ -140,6 +147,6 @@ def _curves(found: Found) -> Any:
                 ax.plot(*zip(*points, strict=True), color=colour, lw=1.1, alpha=0.8, label=name if not number else None)
         ax.set_title(f"R@5 among held-out clips, {data} classes")
         ax.set_xlabel("step")
-    axes[0].legend(loc="lower right")
     figure.tight_layout()
+    _legend(figure, axes)
     return figure
