@@ -4,6 +4,7 @@ a small data set and a run on it."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A shell that runs the tests in the background has SIGINT ignored, in them and in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before Prefect is imported anywhere: no user's profile, server or telemetry may reach into the tests.
 os.environ.pop("PREFECT_API_URL", None)

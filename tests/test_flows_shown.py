@@ -64,8 +64,8 @@ def test_commands_are_in_the_order_of_the_work(monkeypatch: pytest.MonkeyPatch, 
         main()
     said = capsys.readouterr().out
     names = (
-        "sample-world", "ingest", "status", "index", "reshard", "inspect", "lint", "extract", "embed", "search", "recipes",
-        "pretrain", "replay", "evaluate", "report", "export", "run", "demo",
+        "plan", "sample-world", "ingest", "status", "index", "reshard", "inspect", "lint", "extract", "embed", "search",
+        "recipes", "pretrain", "replay", "evaluate", "report", "export", "run", "server-setup", "demo",
     )  # fmt: skip
     places = [said.index(f"│ {name} ") for name in names]
     assert places == sorted(places) and len(names) == len(app.registered_commands)

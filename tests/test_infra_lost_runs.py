@@ -59,7 +59,7 @@ def test_a_lost_run_starts_again_so_often_and_no_more(tmp_path: Path, monkeypatc
         server.call("cmacc", "server-setup", "--lost-after", "75", "--restarts", "1")
         given = {
             "manifests": [str(world.train_manifest)], "url_template": media.url + "/{id}.mp4", "out": str(tmp_path / "data"),
-            "short_side": 48, "fps": 8, "workers": 1,
+            "short_side": 48, "fps": 8, "workers": 1, "options": {"fetch.socket_timeout_s": 300},
         }  # fmt: skip
         parameters = [part for name, value in given.items() for part in ("-p", f"{name}={json.dumps(value)}")]
         server.call("cmacc", "run", "ingest", *parameters)

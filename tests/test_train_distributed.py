@@ -33,6 +33,7 @@ SUM = change(
     {
         "encoders.norm": "group",
         "loader.batch": 7,
+        "objective.candidates": 14,
         "steps": 20,
         "optimiser.rate": 3e-4,
         "optimiser.cosine": False,
@@ -40,9 +41,9 @@ SUM = change(
         "checkpoint.steps": 10,
     },
 )
-"""No coupling inside a batch; a batch that neither 2 nor 3 ranks divide. A low rate, for Adam takes a gradient that is all but
-nought, and has another sign on other ranks, for a whole step of that rate; and a rate that does not ask how many steps come, so
-that a shorter run has the first losses of a longer one."""
+"""A batch that neither 2 nor 3 ranks divide; a pool that is full after two, for there are 16 clips; no coupling inside a batch.
+A low rate, for Adam takes a gradient that is all but nought, and has another sign on other ranks, for a whole step of that rate;
+and a rate that does not ask how many steps come, so that a shorter run has the first losses of a longer one."""
 BLIND = {"eval_clips": 1}
 """Among one clip nothing can be found: held-out clips are not looked at."""
 
@@ -197,9 +198,9 @@ def test_a_wrong_option_is_named() -> None:
 # --- runs ---
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, name: str = "loss/total") -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss/total"] for line in lines if "loss/total" in line]
+    return [line[name] for line in lines if name in line]
 
 
 def held_out(run: Path) -> list[dict[str, float]]:
@@ -222,10 +223,12 @@ def alone(tiny_data: str, tmp_path_factory: pytest.TempPathFactory, run: Run) ->
 def test_ranks_compute_what_one_process_does(
     run: Run, tiny_data: str, alone: Path, tmp_path: Path, world: int, steps: int
 ) -> None:
-    """Active selection begins with the fourth step: the picks, so the losses, are those of the whole batch."""
+    """Active selection begins with the third step: how many are picked, and so the losses, are those of the whole batch."""
     assert train_ranks(run, world, tiny_data, tmp_path, change(SUM, {"steps": steps})) == [0] * world
     assert len(losses(tmp_path)) == steps
     assert losses(tmp_path) == pytest.approx(losses(alone)[:steps], rel=1e-5)
+    assert losses(tmp_path, "selection/picked") == losses(alone, "selection/picked")[:steps]
+    assert sum(losses(alone, "selection/picked")[2:steps]) > 20
     assert held_out(tmp_path) == [line for line in held_out(alone) if line["step"] <= steps]
 
 
@@ -238,13 +241,14 @@ def test_ranks_look_by_the_clock_together(run: Run, tiny_data: str, alone: Path,
 
 
 def test_synchronised_statistics_are_those_of_one_process(run: Run, tiny_data: str, tmp_path: Path) -> None:
-    config = change(SUM, {"encoders.norm": "batch", "compute.batchnorm": "sync", **BLIND})
+    """At a tenth of the rate: small batches are divided by small deviations, which magnifies what Adam makes of rounding."""
+    config = change(SUM, {"encoders.norm": "batch", "compute.batchnorm": "sync", "optimiser.rate": 3e-5, **BLIND})
     assert train_ranks(run, 1, tiny_data, tmp_path / "alone", config) == [0]
     assert train_ranks(run, 2, tiny_data, tmp_path / "two", config) == [0, 0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    own = change(SUM, {"encoders.norm": "batch", "steps": 5, **BLIND})
+    own = change(config, {"compute.batchnorm": "rank"})
     assert train_ranks(run, 2, tiny_data, tmp_path / "own", own) == [0, 0]
-    assert losses(tmp_path / "own") != pytest.approx(losses(tmp_path / "alone")[:5], rel=1e-5)
+    assert losses(tmp_path / "own") != pytest.approx(losses(tmp_path / "alone"), rel=1e-2)
 
 
 def test_a_shuffled_batch_leaves_each_key_at_its_place(run: Run, tiny_data: str, tmp_path: Path) -> None:

@@ -144,6 +144,15 @@ def test_a_crop_is_resized_as_elsewhere(name: str, size: int, box: tuple[int, in
 
 
 @pytest.mark.parametrize("name", PROFILES)
+def test_a_crop_of_the_very_size_is_those_pixels(name: str) -> None:
+    """Beside the scaler's way for pictures that are to be scaled there is one for others."""
+    numbers, (top, left, side, _) = np.array([0, 3]), (4, 10, 24, 24)
+    found = decode_frames(textured(name), numbers, crop=(top, left, side, side), size=side).astype(float)
+    whole = decode_frames(textured(name), numbers)[:, top : top + side, left : left + side]
+    assert np.abs(found - whole).mean() < 2
+
+
+@pytest.mark.parametrize("name", PROFILES)
 def test_without_deblocking(name: str) -> None:
     """Nearly the same pictures of H.264, the very same of the others."""
     numbers = np.arange(6)

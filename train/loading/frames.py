@@ -162,10 +162,12 @@ class Finish:
             raise ValueError(said)
         if self.crop:
             frame = self._cropped(frame, self.crop)
-        # scaled into planes: swscale has vector code for full chroma there alone, and takes half the time
-        form = "gbrp" if self.size else "rgb24"
+        # Scaled into planes: swscale has vector code for full chroma there alone, and takes half the time. Where nothing is to
+        # be scaled, its way into planes leaves them as they were: with whatever was in that memory before.
+        scales = self.size is not None and (frame.height, frame.width) != (self.size, self.size)
+        form = "gbrp" if scales else "rgb24"
         made = self._scaler.reformat(frame, self.size, self.size, format=form, interpolation=_SCALING, threads=1)
-        if not self.size:
+        if not scales:
             return _pixels(made.planes[0])[:, : 3 * made.width].reshape(made.height, made.width, 3)
         green, blue, red = (_pixels(plane)[:, : made.width] for plane in made.planes)
         return np.stack((red, green, blue), axis=-1)
