@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -279,6 +279,64 @@ def test_work_that_is_through_too_early_is_no_rehearsal(cloud: Any) -> None:
     with pytest.raises(RuntimeError, match="through before the S3 endpoint was killed"):  # noqa: SIM117
         with cloud.striking.striking(Stage(), [kill], lambda: 4, []):
             pass
+
+
+class Actor:
+    """Stands in for a play: it notes what it was told to do, and has the evidence that it is given."""
+
+    told: ClassVar[list[tuple[Any, ...]]] = []
+    evidence_of: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, services: Any, name: str, *_: object) -> None:
+        self.name, self.struck, self.costs = name, [], {"ingest, seconds": 3}
+
+    def ingest(self, kills: list[Any]) -> None:
+        self.told.append((self.name, "ingest", [kill.phase for kill in kills]))
+
+    def reshard(self) -> None:
+        self.told.append((self.name, "reshard"))
+
+    def pretrain(self, run: str, nodes: dict[str, int], kills: list[Any] = [], until: int = 0) -> None:  # noqa: B006
+        self.told.append((self.name, run, sum(nodes.values()), [kill.phase for kill in kills], until > 0))
+
+    def evidence(self, run: str) -> Any:
+        return self.evidence_of[self.name]
+
+    def batches(self, run: str) -> dict[str, list[int]]:
+        return {"batch of step 1": [3, 1]}
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_the_story_is_told_twice_and_compared(
+    cloud: Any, other: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With stand-ins for the cloud and the work."""
+    import services
+    import story
+
+    from cmacc.ingest import world
+
+    stage = SimpleNamespace(environment={"PGPASSWORD": "x"}, prefect_url="", start=lambda *_: None, start_worker=lambda _: None)
+    stage.start_site = lambda _: "http://site/{id}"
+    rendered = SimpleNamespace(clips=120, files=30, root=tmp_path, train_manifest="t", eval_manifest="e")
+    monkeypatch.setattr(services, "Services", lambda *_: stage)
+    monkeypatch.setattr(story, "Play", Actor)
+    monkeypatch.setattr(world, "render_world", lambda *_, **__: rendered)
+    monkeypatch.setattr(cloud.rehearsal, "unfinished", lambda _: [])
+    monkeypatch.setenv("PGPASSWORD", "")
+    same = cloud.evidence.Evidence({"a.mp4": "1"}, {"clips-0.tar": "2"}, {"loss at step 1": {"loss/total": 2.0}}, {"last": "3"})
+    another = cloud.evidence.Evidence(same.clips, same.shards, {"loss at step 1": {"loss/total": 2.5}}, same.weights)
+    monkeypatch.setattr(Actor, "evidence_of", {"undisturbed": same, "disturbed": another if other else same})
+    monkeypatch.setattr(Actor, "told", [])
+    found = cloud.rehearsal.rehearse(0, tmp_path, cloud.hosts.make_hosts(cloud.rehearsal.HOSTS, loopback=True)[0])
+    assert Actor.told == [
+        ("undisturbed", "ingest", []), ("undisturbed", "reshard"), ("undisturbed", "pretrain", 2, [], False),
+        ("disturbed", "ingest", ["ingest"] * 2), ("disturbed", "reshard"), ("disturbed", "pretrain", 2, ["pretrain"] * 2, False),
+        ("undisturbed", "elastic", 2, [], True), ("undisturbed", "elastic", 3, [], False),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert found == (["curve: loss at step 1 has loss/total 2.5, not 2.0"] if other else [])
+    assert ("different:" in said, "the same in both: 120 clips" in said) == (other, not other)
 
 
 @pytest.mark.parametrize(("found", "code"), [([], 0), (["clips: one is missing"], 1)])
