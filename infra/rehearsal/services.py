@@ -53,7 +53,7 @@ class Services:
             (self.folder / "s3" / bucket).mkdir(parents=True)
         self.start_s3()
         self.start_prefect()
-        self.call("prefect", "work-pool", "create", POOL, "--type", "process")
+        self.call("cmacc", "server-setup")
         self.call("prefect", "deploy", "--all")
 
     # --- PostgreSQL ---
