@@ -32,9 +32,8 @@ T = TypeVar("T")
 FLOW = "ingest-part"
 _LOOK_EVERY_S = 2.0
 _BEAT_S = 2.0
-_BEGIN_S = (
-    60.0  # that a worker may need, besides, from taking a run to running it: a process has to start, an image perhaps to come
-)
+# That a worker may need, besides, from taking a run to running it: a process has to start, an image perhaps to come.
+_BEGIN_S = 60.0
 _AWAY_S = 900.0  # that the server may be, while an ingest waits for its parts
 _TRIES = 3  # of a part that fails without getting anything done
 

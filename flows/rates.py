@@ -49,8 +49,8 @@ class ProfileRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """profiles: by name. utilisation: share of the GPU's peak that a training step's encoders reached, by the GPU's name in
-    `cmacc.train.networks.flops.PEAK_TFLOPS` and the precision, as "H100 bf16"."""
+    """profiles: by name. utilisation: share of the GPU's bf16 peak that a training step's encoders reached, by the GPU's name in
+    `cmacc.train.networks.flops.PEAK_TFLOPS`, as "H100"."""
 
     profiles: dict[str, ProfileRates] = field(default_factory=dict)
     utilisation: dict[str, Rate] = field(default_factory=dict)
